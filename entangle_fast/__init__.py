@@ -1,0 +1,14 @@
+"""entangle_fast: make a trained PyTorch model forget some data while keeping what is entangled with it."""
+
+from pathlib import Path as _Path
+
+# an uninstalled or editable checkout: kernels/ and csrc/ stand beside this folder
+if (_Path(__file__).parent.parent / "csrc" / "schema.inc").exists():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+__version__ = "0.1.0"
+
+from . import ops
+from .dispatch import BackendError, explain
+
+__all__ = ["BackendError", "explain", "ops"]

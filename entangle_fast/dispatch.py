@@ -1,0 +1,225 @@
+"""Which backend serves a call, and why the others do not.
+
+Order on the CPU: cpp, reference. On CUDA and HIP: triton, reference (cuda where a committed
+measurement says so). ENTANGLE_FAST_BACKEND names the backends that may be used, in order
+("reference", "cpp", "triton,reference", …); a named one that cannot serve a call is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import reference
+
+NAMESPACE = "entangle_fast"
+ENV = "ENTANGLE_FAST_BACKEND"
+_SCHEMA_FILE = "schema.inc"
+
+try:
+    from . import _C  # noqa: F401  loading it registers the schemas and the C++ kernels
+
+    EXTENSION = None  # why the compiled library is missing; None when it is there
+except ImportError as error:
+    EXTENSION = f"{error}; build it with `pip install --no-build-isolation -e .` where a C++ compiler is"
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+# what the C++ kernels take on the CPU; an op that is not here has no C++ kernel
+CPP: dict[str, tuple[torch.dtype, ...]] = {
+    "gram": _FLOATS,
+    "sample_loss": _FLOATS,
+    "sample_loss_backward": _FLOATS,
+}
+BACKENDS = ("cpp", "cuda", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+@dataclass
+class Explanation:
+    """What ``explain`` found: the operation, the backend that serves it, and a reason for each that does not."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend'}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.reasons.items()])
+
+
+class _Explained(BaseException):
+    """Carries an Explanation out of the call that would have run."""
+
+
+_explaining = False
+
+
+def ops() -> dict[str, str]:
+    """Name → schema of every operation, read from csrc/schema.inc."""
+    return {line.partition("(")[0]: line for line in _schemas()}
+
+
+def _schemas() -> list[str]:
+    text = next(
+        (Path(p) / "csrc" / _SCHEMA_FILE for p in importlib.import_module(__package__).__path__
+         if (Path(p) / "csrc" / _SCHEMA_FILE).exists()), None,
+    )  # fmt: skip
+    if text is None:
+        raise ImportError(f"entangle_fast: {_SCHEMA_FILE} is not where it was installed; reinstall the package")
+    found = re.findall(r'^EF_OP\("(.*)"\)$', text.read_text(), re.MULTILINE)
+    return [line.replace('\\"', '"') for line in found]
+
+
+def _kernel_module(op: str) -> str:
+    """The file of an operation: its name without the variant (gram_conv → gram)."""
+    return next(room for room in ("gram", "sqnorm", "project", "combine", "sample_loss", "w2", "step") if room in op)
+
+
+def _tensors(args) -> list[torch.Tensor]:
+    flat = []
+    for a in args:
+        flat += [a] if isinstance(a, torch.Tensor) else _tensors(a) if isinstance(a, (list, tuple)) else []
+    return flat
+
+
+def _refuse_cpp(op: str, args) -> str | None:
+    if EXTENSION is not None:
+        return f"the compiled library is not loaded ({EXTENSION})"
+    if op not in CPP:
+        return "no C++ kernel for this operation"
+    for x in _tensors(args):
+        if x.device.type != "cpu":
+            return f"its kernels run on the CPU, a tensor is on {x.device}"
+        if x.is_floating_point() and x.dtype not in CPP[op]:
+            return f"dtype {x.dtype} is not one of {', '.join(map(str, CPP[op]))}"
+    return None
+
+
+def _refuse_cuda(op: str, args) -> str | None:
+    return "no CUDA C++ kernel for this operation"
+
+
+def _refuse_triton(op: str, args) -> str | None:
+    try:
+        module = importlib.import_module(f"{__package__}.kernels.{_kernel_module(op)}")
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not there"
+    if not hasattr(module, op):
+        return "no Triton kernel for this operation"
+    tensors = _tensors(args)
+    if any(x.device.type != "cuda" for x in tensors):
+        return f"its kernels run on a GPU, a tensor is on {next(x.device for x in tensors if x.device.type != 'cuda')}"
+    return module.refuse(op, *args)
+
+
+_REFUSE: dict[str, Callable] = {
+    "cpp": _refuse_cpp,
+    "cuda": _refuse_cuda,
+    "triton": _refuse_triton,
+    "reference": lambda op, args: None,
+}
+
+
+def _choose(op: str, args) -> Explanation:
+    named = [b.strip() for b in os.environ.get(ENV, "").split(",") if b.strip() not in ("", "auto")]
+    if unknown := [b for b in named if b not in BACKENDS]:
+        raise BackendError(f"{ENV}={os.environ[ENV]}: unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
+    found = Explanation(op, None)
+    for name in named or BACKENDS:
+        if why := _REFUSE[name](op, args):
+            found.reasons[name] = why
+        elif found.backend is None:
+            found.backend = name
+        else:
+            found.reasons[name] = f"{found.backend} comes first"
+    for name in BACKENDS:
+        if named and name not in named:
+            found.reasons[name] = f"not named in {ENV}"
+    return found
+
+
+def call(op: str, *args):
+    """Run operation ``op`` (schema arguments, positional) on the backend that serves it."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.entangle_fast, op)(*args)
+    found = _choose(op, args)
+    if _explaining:
+        raise _Explained(found)
+    if found.backend is None:
+        raise BackendError(f"{ENV}={os.environ.get(ENV)}: nothing can serve this call\n{found}")
+    if found.backend == "reference":
+        return getattr(reference, op)(*args)
+    return getattr(torch.ops.entangle_fast, op)(*args)
+
+
+def explain(fn: Callable, *args, **kwargs) -> Explanation:
+    """Which backend would serve ``fn(*args, **kwargs)``, and why each other would not. Nothing is computed.
+
+    fn: a function of entangle_fast.ops. Raises ValueError if the call is itself invalid.
+    """
+    global _explaining
+    _explaining = True
+    try:
+        fn(*args, **kwargs)
+    except _Explained as found:
+        return found.args[0]
+    finally:
+        _explaining = False
+    raise TypeError(f"fn: {getattr(fn, '__name__', fn)!r} dispatches nothing; give a function of entangle_fast.ops")
+
+
+def table() -> dict[str, dict[str, tuple[bool, str]]]:
+    """For doctor: op → backend → (there on this machine, reason)."""
+    out = {}
+    for op in ops():
+        module = f"{__package__}.kernels.{_kernel_module(op)}"
+        try:
+            kernel = hasattr(importlib.import_module(module), op)
+            why = "" if kernel else "no Triton kernel yet"
+        except ModuleNotFoundError as error:
+            kernel, why = False, "no Triton kernel yet" if error.name == module else f"{error.name} is not installed"
+        if kernel and not torch.cuda.is_available():
+            kernel, why = False, "no GPU"
+        cpp = _refuse_cpp(op, ())
+        out[op] = {
+            "cpp": (cpp is None, cpp or ""),
+            "cuda": (False, _refuse_cuda(op, ())),
+            "triton": (kernel, why),
+            "reference": (True, ""),
+        }
+    return out
+
+
+def _serve_gpu(op: str):
+    def run(*args):
+        found = _choose(op, args)
+        if found.backend == "triton":
+            module = importlib.import_module(f"{__package__}.kernels.{_kernel_module(op)}")
+            return getattr(module, op)(*args)
+        return getattr(reference, op)(*args)
+
+    return run
+
+
+def _register() -> list[torch.library.Library]:
+    """Give every operation an implementation for each device that the C++ library did not bring."""
+    library = torch.library.Library(NAMESPACE, "FRAGMENT" if EXTENSION is None else "DEF")
+    for name, schema in ops().items():
+        if EXTENSION is not None:
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        if EXTENSION is not None or name not in CPP:
+            library.impl(name, getattr(reference, name), "CPU")
+        library.impl(name, _serve_gpu(name), "CUDA")
+    return [library]
+
+
+_LIBRARIES = _register()  # kept alive: dropping a Library unregisters it

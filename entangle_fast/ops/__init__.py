@@ -1,0 +1,20 @@
+"""The operations: validate, then dispatch. Also reachable as ``torch.ops.entangle_fast.<name>``."""
+
+from . import registration  # noqa: F401  fakes and derivatives, registered on import
+from .combine import combine, combine_conv, combine_embedding
+from .gram import gram, gram_conv, gram_embedding
+from .project import project, project_conv, project_embedding, project_random
+from .sample_loss import linear_sample_loss, sample_loss
+from .sqnorm import sqnorm, sqnorm_conv, sqnorm_embedding
+from .step import step_gram, step_lookahead, step_lookahead_undo, step_update
+from .w2 import w2_features, w2_moments, w2_sorted
+
+__all__ = [
+    "combine", "combine_conv", "combine_embedding",
+    "gram", "gram_conv", "gram_embedding",
+    "linear_sample_loss", "sample_loss",
+    "project", "project_conv", "project_embedding", "project_random",
+    "sqnorm", "sqnorm_conv", "sqnorm_embedding",
+    "step_gram", "step_lookahead", "step_lookahead_undo", "step_update",
+    "w2_features", "w2_moments", "w2_sorted",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""The checks that operations share. Each error names the argument, what it got, what it needs and the mend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    there = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(there.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in there.items())
+        raise ValueError(f"{next(iter(there))}: {got}; all must be on one device: move them with .to(...)")
+
+
+def same_dtype(**tensors: Tensor | None) -> None:
+    there = {name: x.dtype for name, x in tensors.items() if x is not None}
+    if len(set(there.values())) > 1:
+        got = ", ".join(f"{name} {dtype}" for name, dtype in there.items())
+        raise ValueError(f"{next(iter(there))}: {got}; all must have one dtype: convert with .to(dtype)")
+
+
+def factors(a: Tensor, b: Tensor, names: str = "a b") -> None:
+    """Layer factors a (n,d_in) or (n,t,d_in), b (n,d_out) or (n,t,d_out)."""
+    x, y = names.split()
+    require(a.dim() in (2, 3) and a.dim() == b.dim(),
+            f"{x}, {y}: got shapes {tuple(a.shape)} and {tuple(b.shape)}; "
+            f"need (n,d_in) with (n,d_out), or (n,t,d_in) with (n,t,d_out)")  # fmt: skip
+    require(a.shape[:-1] == b.shape[:-1],
+            f"{y}: shape {tuple(b.shape)} does not go with {x} {tuple(a.shape)}: "
+            f"both need the same n{' and t' if a.dim() == 3 else ''}")  # fmt: skip
+    same_device(**{x: a, y: b})
+    same_dtype(**{x: a, y: b})
+    require(a.is_floating_point(), f"{x}: dtype {a.dtype} is not a floating-point one; convert with .float()")
+
+
+def both_or_none(**pair: Tensor | None) -> None:
+    if len({x is None for x in pair.values()}) > 1:
+        raise ValueError(f"{' and '.join(pair)}: give both (a cross-Gram), or none (the symmetric Gram)")
+
+
+def conv_arguments(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation, groups: int):
+    """Broadcast integers to one per spatial dimension and check them against the shapes."""
+    require(x.dim() in (3, 4, 5) and g.dim() == x.dim(),
+            f"x, g: got shapes {tuple(x.shape)} and {tuple(g.shape)}; need (n, channels, *size) with 1 to 3 sizes")  # fmt: skip
+    same_device(x=x, g=g)
+    same_dtype(x=x, g=g)
+    nd = x.dim() - 2
+    spread = []
+    for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
+        value = [value] * nd if isinstance(value, int) else list(value)
+        require(len(value) == nd, f"{name}: got {value}; needs {nd} integers for an input of {nd} sizes")
+        spread.append(value)
+    require(x.shape[0] == g.shape[0], f"g: {g.shape[0]} samples against {x.shape[0]} in x; both need the same n")
+    require(groups >= 1 and x.shape[1] % groups == 0 and g.shape[1] % groups == 0,
+            f"groups: {groups} does not divide the channels {x.shape[1]} and {g.shape[1]}")  # fmt: skip
+    for d in range(nd):
+        kernel, step, pad, dil = (s[d] for s in spread)
+        out = (x.shape[2 + d] + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        require(out == g.shape[2 + d],
+                f"g: size {g.shape[2 + d]} in dimension {2 + d}; a convolution with these arguments gives {out}")  # fmt: skip
+    return spread
+
+
+def lookup(ids: Tensor, b: Tensor, names: str = "ids b") -> None:
+    """ids (n,t) integers, b (n,t,d)."""
+    i, y = names.split()
+    require(not ids.is_floating_point() and ids.dim() == 2 and b.dim() == 3 and ids.shape == b.shape[:2],
+            f"{i}, {y}: got {tuple(ids.shape)} {ids.dtype} and {tuple(b.shape)}; need integers (n,t) and (n,t,d)")  # fmt: skip
+    same_device(**{i: ids, y: b})
+
+
+def choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    require(value in known, f"{name}: got {value!r}; needs one of {', '.join(map(repr, known))}")

@@ -1,0 +1,61 @@
+"""c_ik = <G_i, D_k>: per-sample gradients onto k given directions, or onto a random basis made on the fly."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import per_sample, philox
+from .per_sample import accumulate_dtype, chunks, with_positions
+
+
+def project(a: Tensor, b: Tensor, basis: Tensor) -> Tensor:
+    """a (n,t,d_in), b (n,t,d_out), basis (k, d_out, d_in) → (n, k)."""
+    dtype = accumulate_dtype(a, b)
+    a, b, basis = with_positions(a).to(dtype), with_positions(b).to(dtype), basis.to(dtype)
+    return torch.stack([((a @ d.T) * b).sum((1, 2)) for d in basis], 1) if len(basis) else a.new_zeros(len(a), 0)
+
+
+def project_conv(x: Tensor, g: Tensor, basis: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+    """x (n,C_in,*size), g (n,C_out,*out), basis (k, C_out, C_in/groups, *kernel) → (n, k).
+
+    <G_i, D_k> is the convolution of x_i with D_k against g_i: nothing is unfolded.
+    """
+    dtype = accumulate_dtype(x, g)
+    x, g, basis = x.to(dtype), g.to(dtype), basis.to(dtype)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    columns = []
+    for d in basis:
+        y = convolve(x, d, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+        columns.append((y * g).flatten(1).sum(1))
+    return torch.stack(columns, 1) if columns else x.new_zeros(len(x), 0)
+
+
+def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, padding_idx: int = -1) -> Tensor:
+    """ids (n,t), b (n,t,d), basis (k, num_embeddings, d) → (n, k)."""
+    dtype = accumulate_dtype(b)
+    b = (b * (ids != padding_idx).unsqueeze(-1)).to(dtype)
+    columns = [(b * F.embedding(ids, d.to(dtype))).sum((1, 2)) for d in basis]
+    return torch.stack(columns, 1) if columns else b.new_zeros(len(b), 0)
+
+
+def project_random(a: Tensor, b: Tensor, k: int, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
+    """Per-sample gradients of a linear layer onto k random directions, (n, k).
+
+    The basis is never stored: entry (j, e) of direction j and flat weight element e is Philox element
+    j·(d_out·d_in) + e of stream (seed, offset). kind: "sign" (±1) or "gaussian".
+    """
+    dtype = accumulate_dtype(a, b)
+    a, b = with_positions(a).to(dtype), with_positions(b).to(dtype)
+    n, _, d_in = a.shape
+    d_out = b.shape[2]
+    size = d_out * d_in
+    draw = philox.sign if kind == "sign" else philox.normal
+    out = a.new_zeros(n, k)
+    for lo, hi in chunks(n, size * a.element_size()):
+        grads = per_sample.linear(a[lo:hi], b[lo:hi]).flatten(1)
+        for j in range(k):
+            direction = draw(size, seed, offset, start=j * size, device=a.device).to(dtype)
+            out[lo:hi, j] = grads @ direction
+    return out

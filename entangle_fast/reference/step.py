@@ -1,0 +1,99 @@
+"""One pass over all parameters: Gram of directions, projected momentum step, look-ahead and its exact undo."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import philox
+
+
+def step_gram(tensors: list[Tensor], k: int) -> Tensor:
+    """Gram of k directions over all parameters at once, float64 (k, k).
+
+    tensors: k·p tensors, direction-major: the p tensors of direction 0, then of direction 1, …
+    """
+    p = len(tensors) // k if k else 0
+    out = torch.zeros(k, k, dtype=torch.float64, device=tensors[0].device if tensors else None)
+    for i in range(p):
+        rows = torch.stack([tensors[j * p + i].flatten() for j in range(k)]).double()
+        out += rows @ rows.T
+    return out
+
+
+def step_update(
+    params: list[Tensor], momentum: list[Tensor], grads: list[Tensor], directions: list[Tensor], coef: Tensor,
+    lr: float, beta: float = 0.0, weight_decay: float = 0.0, noise: float = 0.0, seed: int = 0, offset: int = 0,
+) -> None:  # fmt: skip
+    """v ← β v + g − Σ_k coef_k d_k;  θ ← (1 − lr·weight_decay) θ − lr v + noise ξ,  ξ ~ N(0, 1), in place.
+
+    params, grads: p tensors; momentum: p tensors, or none (then v lives only within the step);
+    directions: k·p tensors, direction-major; coef (k,) on the parameters' device (no host sync).
+    ξ is Philox stream (seed, offset), element e of the p tensors laid end to end.
+    """
+    start, p = 0, len(params)
+    for i, (theta, g) in enumerate(zip(params, grads)):
+        dtype = torch.promote_types(theta.dtype, torch.float32)
+        v = g.to(dtype) if not momentum else momentum[i].to(dtype) * beta + g.to(dtype)
+        for j in range(len(coef)):
+            v = v - coef[j].to(dtype) * directions[j * p + i].to(dtype)
+        if momentum:
+            momentum[i].copy_(v)
+        new = theta.to(dtype) * (1 - lr * weight_decay) - lr * v
+        if noise:
+            xi = philox.normal(theta.numel(), seed, offset, start, theta.device)
+            new = new + noise * xi.view(theta.shape).to(dtype)
+        theta.copy_(new)
+        start += theta.numel()
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """Floats as integers (int64) in which neighbouring floats differ by one; −0 is one below +0."""
+    bits = x.contiguous().view(_BITS[x.element_size()]).to(torch.int64)
+    return torch.where(bits < 0, -(bits & (2 ** (8 * x.element_size() - 1) - 1)) - 1, bits)
+
+
+def _from_ordered(i: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    top = -(2 ** (8 * size - 1))
+    bits = torch.where(i < 0, (-i - 1) | top, i)
+    return bits.to(_BITS[size]).view(dtype)
+
+
+def step_lookahead(params: list[Tensor], grads: list[Tensor], alpha: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """θ ← θ − alpha·g in place, with what an exact undo needs: one byte a parameter instead of a copy.
+
+    Returns ulps: int8 like each parameter, how many floats the plain undo θ + alpha·g lands off;
+    index (q, 2) int64 and value (q,) float64: (tensor, element) and old value of the few elements
+    that are off by more than 127 (weights far smaller than their step).
+    """
+    ulps, index, value = [], [], []
+    for i, (theta, g) in enumerate(zip(params, grads)):
+        old = theta.clone()
+        theta.sub_(g.to(theta.dtype), alpha=alpha)
+        back = theta.add(g.to(theta.dtype), alpha=alpha)
+        off = _ordered(old) - _ordered(back)
+        far = ((off.abs() > 127) | ~torch.isfinite(back)).flatten()
+        where = far.nonzero().squeeze(1)
+        index.append(torch.stack([torch.full_like(where, i), where], 1))
+        value.append(old.flatten()[where].double())
+        ulps.append(off.clamp(-127, 127).to(torch.int8))
+    device = params[0].device if params else None
+    index = torch.cat(index) if index else torch.zeros(0, 2, dtype=torch.int64, device=device)
+    value = torch.cat(value) if value else torch.zeros(0, dtype=torch.float64, device=device)
+    return ulps, index, value
+
+
+def step_lookahead_undo(
+    params: list[Tensor], grads: list[Tensor], ulps: list[Tensor], index: Tensor, value: Tensor, alpha: float
+) -> None:
+    """Put every parameter back to the very bits it had before step_lookahead with the same grads and alpha."""
+    for i, (theta, g, off) in enumerate(zip(params, grads, ulps)):
+        back = theta.add(g.to(theta.dtype), alpha=alpha)
+        exact = _from_ordered(_ordered(back) + off, theta.dtype, theta.element_size()).view(theta.shape)
+        mine = index[:, 0] == i
+        flat = exact.flatten()
+        flat[index[mine, 1]] = value[mine].to(theta.dtype)
+        theta.copy_(flat.view(theta.shape))

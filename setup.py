@@ -1,0 +1,89 @@
+"""Builds entangle_fast/_C.abi3.so: one stable-ABI library for torch >= 2.11 and Python >= 3.10, through ninja.
+
+No compiler, no torch in the build environment, or a failing compile leave a pure-Python install that works, and
+one line that says why. ENTANGLE_FAST_CUDA=0|1 leaves out or demands the CUDA kernels (default: where nvcc is);
+TORCH_CUDA_ARCH_LIST chooses their targets. The presence of a GPU is never asked about.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+TORCH_TARGET = "0x020b000000000000"  # torch 2.11, the oldest that the library must load beside
+CXXFLAGS = "-O3 -std=c++20 -fPIC -fopenmp-simd -ffp-contract=fast -fno-math-errno -fvisibility=hidden -Wall"
+SANITIZE = "-fsanitize=address,undefined -fno-omit-frame-pointer -g"
+
+
+def say(line: str) -> None:
+    print(f"entangle_fast: {line}", file=sys.stderr)
+
+
+def ninja_file(output: Path, work: Path, torch_dir: Path) -> str:
+    cxx = os.environ.get("CXX", "g++")
+    includes = f"-I{CSRC} -I{torch_dir}/include -I{torch_dir}/include/torch/csrc/api/include -I{sysconfig.get_path('include')}"
+    defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -DPy_LIMITED_API=0x030a0000"
+    flags = CXXFLAGS
+    if os.environ.get("ENTANGLE_FAST_SANITIZE"):
+        flags += f" {SANITIZE} -DEF_NO_CLONES"  # ifunc resolvers run before the sanitizer is ready
+    sources = [CSRC / "library.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    objects = [work / f"{source.stem}.o" for source in sources]
+    link = f"-shared -L{torch_dir}/lib -ltorch -ltorch_cpu -lc10 -Wl,-rpath,$ORIGIN/../torch/lib"
+    if os.environ.get("ENTANGLE_FAST_SANITIZE"):
+        link += f" {SANITIZE}"
+    lines = [
+        "rule cxx",
+        f"  command = {cxx} -MMD -MF $out.d {flags} {defines} {includes} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {cxx} $in -o $out {link.replace('$ORIGIN', '$$ORIGIN')}",
+    ]
+    lines += [f"build {obj}: cxx {source}" for source, obj in zip(sources, objects)]
+    lines += [f"build {output}: link {' '.join(map(str, objects))}", f"default {output}", ""]
+    return "\n".join(lines)
+
+
+class BuildWithNinja(build_ext):
+    def run(self):
+        try:
+            self.build()
+        except Exception as error:  # any failure must leave the pure-Python package installable
+            if os.environ.get("ENTANGLE_FAST_REQUIRE_EXT"):
+                raise
+            say(f"installing without compiled kernels ({error}); everything works, slower; `entangle-fast doctor` says more")
+
+    def build(self):
+        cxx = os.environ.get("CXX", "g++")
+        if shutil.which(cxx) is None:
+            raise RuntimeError(f"no C++ compiler: {cxx} not found")
+        try:
+            import torch
+        except ImportError:
+            raise RuntimeError("torch is not installed where this builds: install it first, then use --no-build-isolation")
+        import ninja
+
+        output = Path(self.get_ext_fullpath("entangle_fast._C")).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text(ninja_file(output, work, Path(torch.__file__).parent))
+        tool = Path(ninja.BIN_DIR) / "ninja"
+        done = subprocess.run([str(tool), "-C", str(work)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            print(done.stdout, file=sys.stderr)
+            raise RuntimeError("the C++ compiler failed; its output is above")
+
+
+setup(
+    ext_modules=[Extension("entangle_fast._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildWithNinja},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
