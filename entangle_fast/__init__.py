@@ -9,6 +9,7 @@ if (_Path(__file__).parent.parent / "csrc" / "schema.inc").exists():
 __version__ = "0.1.0"
 
 from . import ops
+from .capture import CaptureError, Tape, capture, check_capture
 from .dispatch import BackendError, explain
 
-__all__ = ["BackendError", "explain", "ops"]
+__all__ = ["BackendError", "CaptureError", "Tape", "capture", "check_capture", "explain", "ops"]

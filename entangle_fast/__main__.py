@@ -1,0 +1,3 @@
+from entangle_fast.cli import main
+
+main()

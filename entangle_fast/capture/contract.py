@@ -1,0 +1,179 @@
+"""Contractions over all uses of all parameters: cross terms of shared parameters are exact, never dropped.
+
+Parameters that meet in one source (LoRA's B @ A, weight norm) form a component with all their uses. Then:
+  direct   one factored use, or uses that merge into one or touch disjoint parts of the weight: contract the factors
+  rows     uses of different forms (an embedding tied to the output layer): add them row tile by row tile
+  samples  anything else: explicit gradients of a chunk of samples, pulled back through the source
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference.per_sample import CHUNK_BYTES, chunks
+from .factors import Factor
+from .sources import Source
+
+Use = tuple[Source, Factor]
+
+
+@dataclass
+class Component:
+    """Parameters (positions in Tape.params) that share sources, and the recorded uses of them."""
+
+    params: list[int]
+    uses: list[Use]
+
+
+def components(uses: list[Use]) -> list[Component]:
+    """Group uses by the parameters they reach."""
+    found: list[Component] = []
+    for use in uses:
+        reach = set(use[0].params)
+        touching = [c for c in found if reach & set(c.params)]
+        merged = Component(sorted(reach.union(*(c.params for c in touching))), [u for c in touching for u in c.uses])
+        merged.uses.append(use)
+        found = [c for c in found if c not in touching] + [merged]
+    return found
+
+
+def _merged(uses: list[Use]) -> list[Use]:
+    """Uses of the very same source added up where their sum has a factored form."""
+    out: list[Use] = []
+    for source, factor in uses:
+        for k, (seen, before) in enumerate(out):
+            same = seen is source or (seen.identity and source.identity and seen.params == source.params)
+            if same and (both := before.merge(factor)) is not None:
+                out[k] = (seen, both)
+                break
+        else:
+            out.append((source, factor))
+    return out
+
+
+def _independent(uses: list[Use]) -> bool:
+    """No cross terms: one use, or uses of disjoint parts of the same parameter."""
+    if not all(source.isometric for source, _ in uses):
+        return False
+    spans = sorted(source.region or (0, 1 << 62) for source, _ in uses)
+    return all(left[1] <= right[0] for left, right in zip(spans, spans[1:]))
+
+
+def _aligned(left: list[Use], right: list[Use]) -> bool:
+    """Both sides of a cross-Gram pair up use by use, on the same parts of the parameter."""
+    return len(left) == len(right) and all(
+        a.region == b.region and a.value.stride() == b.value.stride() and a.value.shape == b.value.shape
+        and (a.identity == b.identity) and type(f) is type(g)
+        for (a, f), (b, g) in zip(left, right)
+    )  # fmt: skip
+
+
+class Contraction:
+    """One component's contractions; params are Tape.params."""
+
+    def __init__(self, component: Component, params: list[Tensor], n: int):
+        self.params, self.n = params, n
+        self.indices = component.params
+        self.uses = _merged(component.uses)
+
+    @property
+    def direct(self) -> bool:
+        return _independent(self.uses)
+
+    def _tileable(self) -> bool:
+        return all(source.identity for source, _ in self.uses)
+
+    def gram(self, other: Contraction | None = None) -> Tensor:
+        if self.direct and (other is None or (other.direct and _aligned(self.uses, other.uses))):
+            pairs = [None] * len(self.uses) if other is None else [f for _, f in other.uses]
+            return sum(f.gram(g) for (_, f), g in zip(self.uses, pairs))
+        if self._tileable() and (other is None or other._tileable()):
+            return self._gram_by_rows(other)
+        return self._gram_by_samples(other)
+
+    def _gram_by_rows(self, other):
+        shape = self.params[self.indices[0]].shape
+        rows, each = self.uses[0][1].rows, max(1, shape.numel() // max(1, shape[0] if shape else 1))
+        out = None
+        for lo, hi in chunks(rows, each * (self.n + (other.n if other else 0)) * 4):
+            left = sum(f.row_tile(lo, hi) for _, f in self.uses).flatten(1)
+            right = left if other is None else sum(f.row_tile(lo, hi) for _, f in other.uses).flatten(1)
+            out = left @ right.mT if out is None else out.addmm_(left, right.mT)
+        return out
+
+    def _gram_by_samples(self, other):
+        m = self.n if other is None else other.n
+        spans = list(self._sample_chunks())
+        other_spans = spans if other is None else list(other._sample_chunks())
+        blocks = []
+        for i, (lo, hi) in enumerate(spans):
+            left = self.flat_per_sample(lo, hi)
+            row = left.new_zeros(hi - lo, m)
+            for j, (lo2, hi2) in enumerate(other_spans):
+                if other is None and j > i:
+                    break  # symmetric: the lower triangle, mirrored below
+                right = left if other is None and i == j else (other or self).flat_per_sample(lo2, hi2)
+                row[:, lo2:hi2] = left @ right.mT
+            blocks.append(row)
+        out = torch.cat(blocks) if blocks else torch.zeros(self.n, m)
+        return out if other is not None else out.tril() + out.tril(-1).mT
+
+    def _sample_chunks(self):
+        size = sum(self.params[i].numel() for i in self.indices) * 4
+        size += sum(source.value.numel() for source, _ in self.uses) * 4
+        return chunks(self.n, min(size, CHUNK_BYTES))
+
+    def per_sample(self, lo: int, hi: int) -> dict[int, Tensor]:
+        """Explicit gradients of samples [lo, hi): position → (hi − lo, *shape)."""
+        out: dict[int, Tensor] = {}
+        for source, factor in self.uses:
+            grads = factor.per_sample(lo, hi).view(hi - lo, *source.value.shape)
+            for i, g in zip(source.params, source.pull(grads, self.params, batched=True)):
+                if g is not None:
+                    out[i] = out[i] + g if i in out else g
+        return out
+
+    def flat_per_sample(self, lo: int, hi: int) -> Tensor:
+        found = self.per_sample(lo, hi)
+        return torch.cat([found[i].flatten(1).float() if found[i].element_size() < 4 else found[i].flatten(1)
+                          for i in self.indices if i in found], 1)  # fmt: skip
+
+    def sqnorm(self) -> Tensor:
+        if self.direct:
+            return sum(f.sqnorm() for _, f in self.uses)
+        return torch.cat([self.flat_per_sample(lo, hi).square().sum(1) for lo, hi in self._sample_chunks()])
+
+    def project(self, directions: list[dict[int, Tensor]]) -> Tensor:
+        """directions: k of position → tensor like that parameter → (n, k). Linear in the uses: nothing to add first."""
+        total = None
+        for source, factor in self.uses:
+            basis = torch.stack([source.push(d, self.params) for d in directions])
+            part = factor.project(basis)
+            total = part if total is None else total + part
+        return total
+
+    def combine(self, w: Tensor) -> dict[int, Tensor]:
+        """w (m, n) → position → (m, *shape)."""
+        out: dict[int, Tensor] = {}
+        for source, factor in self.uses:
+            grads = factor.combine(w).view(len(w), *source.value.shape)
+            pulled = source.pull(grads, self.params, batched=True) if not source.identity else [grads]
+            for i, g in zip(source.params, pulled):
+                if g is not None:
+                    out[i] = out[i] + g if i in out else g
+        return out
+
+
+def bytes_held(uses: list[Use]) -> int:
+    """Memory of the factors, counting each storage once."""
+    seen = {}
+    for _, factor in uses:
+        for x in vars(factor).values():
+            if isinstance(x, Tensor):
+                seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sum(seen.values())
+
+

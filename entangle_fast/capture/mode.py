@@ -1,0 +1,61 @@
+"""The interception: every torch function that receives a watched tensor is served by a rule, or refused by name."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_norm
+from .errors import CaptureError
+from .sources import function_name, tensors_in
+
+RULES = {
+    **rules_linear.RULES,
+    **rules_conv.RULES,
+    **rules_embedding.RULES,
+    **rules_norm.RULES,
+    **rules_elementwise.RULES,
+    **rules_attention.RULES,
+}
+# lookups decide for themselves: ids that are the same for every sample still meet the batch
+_MEETS_BATCH = (F.embedding,)
+_BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+
+
+class CaptureMode(TorchFunctionMode):
+    """Active inside ``with ef.capture(model)``; ``tape`` is the recorder that rules write to."""
+
+    def __init__(self, tape):
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tape = self.tape
+        if func in _BATCH_NORMS:
+            rules_norm.refuse_batch_statistics(*args, **kwargs)
+        inputs = tensors_in(args, kwargs)
+        watched = [x for x in inputs if x in tape.sources]
+        if not watched or not torch.is_grad_enabled():
+            out = func(*args, **kwargs)
+            tape.follow(inputs, out)
+            return out
+        rule = RULES.get(func)
+        batch_free = not any(tape.carries_samples(x) for x in inputs)
+        if rule is not None and not (batch_free and func not in _MEETS_BATCH):
+            out = rule(tape, func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        if batch_free:
+            if (out := rules_elementwise.repeat_over_batch(tape, func, args, kwargs)) is not NotImplemented:
+                return out
+            out = func(*args, **kwargs)
+            tape.sources.derive(func, inputs, out, args)
+            return out
+        if tape.strict:
+            raise CaptureError(
+                f"{tape.describe(watched[0])}: no rule for torch's {function_name(func)}(…) on a parameter; freeze it with "
+                "requires_grad_(False), or take the slower general path: ef.capture(model, strict=False)"
+            )
+        return rules_elementwise.through_vmap(tape, func, args, kwargs)

@@ -1,0 +1,97 @@
+"""Convolutions: F.conv1d, conv2d, conv3d with stride, padding, dilation, groups."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .errors import CaptureError
+from .factors import ConvFactor, DenseFactor, LinearFactor
+
+
+class _Conv(torch.autograd.Function):
+    """A convolution whose backward returns the input's gradient only, and records the weight's factors."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, weight, bias, shape, groups, layout, weight_use, bias_use):
+        ctx.shape, ctx.groups, ctx.layout = shape, groups, layout
+        ctx.weight_use, ctx.bias_use, ctx.kernel_size = weight_use, bias_use, tuple(weight.shape[2:])
+        ctx.input_size = x.shape
+        ctx.save_for_backward(x if weight_use else None, weight if x.requires_grad else None)
+        return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3](x, weight, bias, *shape, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        if ctx.weight_use:
+            ctx.weight_use.record(_factor(ctx, x, g))
+        if ctx.bias_use:
+            per_image = g.flatten(2).sum(2)
+            ctx.bias_use.record(DenseFactor(ctx.layout.positions(per_image).sum(1)))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.convolution_backward(
+                g, g.new_empty(()).expand(ctx.input_size), weight, None, *ctx.shape, False, [0] * len(ctx.kernel_size),
+                ctx.groups, [True, False, False],
+            )[0]  # fmt: skip
+        return (dx,) + (None,) * 8
+
+
+def _factor(ctx, x, g):
+    if not ctx.layout.flat:
+        return ConvFactor(x, g, ctx.kernel_size, *ctx.shape, ctx.groups)
+    # several images per sample (frames folded into the batch): their positions side by side
+    from ..reference.per_sample import windows
+
+    if ctx.groups != 1:
+        raise CaptureError(
+            "grouped convolution: several images per sample are not covered with groups > 1; give the batch one image a "
+            "sample, or freeze the layer"
+        )
+    cols = windows(x, ctx.kernel_size, *ctx.shape)
+    keep = [slice(None)] * (2 + len(ctx.kernel_size)) + [slice(0, s) for s in g.shape[2:]]
+    cols = cols[tuple(keep)].flatten(1, 1 + len(ctx.kernel_size)).flatten(2).mT  # (images, T, C·k)
+    per_sample = [ctx.layout.leading(z).flatten(1, 2) for z in (cols, g.flatten(2).mT)]
+    return LinearFactor(*per_sample)
+
+
+def _conv(tape, func, args, kwargs):
+    def bind(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        return input, weight, bias, stride, padding, dilation, groups
+
+    x, weight, bias, stride, padding, dilation, groups = bind(*args, **kwargs)
+    nd = weight.dim() - 2
+    tape.refuse_samples(weight, "the weight of a convolution")
+    if x.dim() != nd + 2:
+        raise CaptureError(f"convolution: input of shape {tuple(x.shape)} has no batch dimension; needs (n, C, *size)")
+    stride, dilation = _spread(stride, nd), _spread(dilation, nd)
+    if isinstance(padding, str):
+        x, padding = _named_padding(x, padding, weight.shape[2:], dilation)
+    dtype = tape.autocast_dtype(x)
+    x = x.to(dtype)
+    layout = tape.layout(x, "convolution", batch_first=True)
+    w, weight_use = tape.use(weight, dtype)
+    b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
+    shape = (stride, _spread(padding, nd), dilation)
+    return _Conv.apply(x, tape.anchor, w, b, shape, groups, layout, weight_use, bias_use)
+
+
+def _spread(value, nd: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * nd
+    return tuple(value) * (nd if len(value) == 1 else 1)
+
+
+def _named_padding(x, padding: str, kernel_size, dilation):
+    if padding == "valid":
+        return x, 0
+    total = [d * (k - 1) for k, d in zip(kernel_size, dilation)]
+    if all(p % 2 == 0 for p in total):
+        return x, tuple(p // 2 for p in total)
+    pad = [side for p in reversed(total) for side in (p // 2, p - p // 2)]  # torch puts the odd one on the right
+    return F.pad(x, pad), 0
+
+
+RULES = {torch.conv1d: _conv, torch.conv2d: _conv, torch.conv3d: _conv, F.conv1d: _conv, F.conv2d: _conv, F.conv3d: _conv}

@@ -1,0 +1,75 @@
+"""Lookup tables: F.embedding, and indexing a parameter with integer tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .errors import CaptureError
+from .factors import EmbeddingFactor
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, weight, ids, layout, padding_idx, use):
+        ctx.layout, ctx.padding_idx, ctx.use, ctx.num = layout, padding_idx, use, weight.shape[0]
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (ids,) = ctx.saved_tensors
+        ids = ctx.layout.leading(ids).reshape(ctx.layout.n, -1)
+        ctx.use.record(EmbeddingFactor(ids, ctx.layout.positions(g), ctx.num, ctx.padding_idx))
+        return (None,) * 6
+
+
+def lookup(tape, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    """weight (num, d) watched, ids integers of any shape."""
+    if ids.dim() and ids.shape[0] == 1 and tape.n is not None and tape.n > 1 and not tape.seq_first_input(ids):
+        # positions looked up once for the whole batch: autograd would add the samples up before anything sees them
+        ids = ids.expand(tape.n, *ids.shape[1:])
+    layout = tape.layout(ids, "embedding")
+    w, use = tape.use(weight, weight.dtype)
+    return _Lookup.apply(tape.anchor, w, ids, layout, padding_idx, use)
+
+
+def _embedding(tape, func, args, kwargs):
+    def bind(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+        return input, weight, padding_idx, max_norm, scale_grad_by_freq
+
+    ids, weight, padding_idx, max_norm, by_freq = bind(*args, **kwargs)
+    if max_norm is not None or by_freq:
+        raise CaptureError(
+            f"{tape.describe(weight)}: max_norm and scale_grad_by_freq make an embedding depend on the whole batch; unset "
+            "them, or freeze it with requires_grad_(False)"
+        )
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    if not tape.carries_samples(ids) and not (ids.dim() == 2 and ids.shape[0] == 1):
+        return _shared_rows(tape, func, args, kwargs, weight, ids, padding_idx)
+    return lookup(tape, weight, ids, padding_idx)
+
+
+def _shared_rows(tape, func, args, kwargs, weight, ids, padding_idx):
+    """The same rows for every sample (positions of shape (t,), a relative-position table): parameters alone."""
+    out = func(*args, **kwargs)
+    tape.sources.derive(func, [weight, ids], out)
+    distinct = ids.unique().numel() == ids.numel() and (padding_idx is None or not (ids == padding_idx).any())
+    if distinct and tape.sources[weight].isometric:
+        tape.sources[out].isometric = True  # rows are selected, none twice
+    return out
+
+
+def _getitem(tape, func, args, kwargs):
+    table, index = args
+    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and table in tape.sources:
+        if tape.carries_samples(index) and table.dim() == 2:
+            return lookup(tape, table, index, None)
+    return NotImplemented
+
+
+RULES = {F.embedding: _embedding, Tensor.__getitem__: _getitem}

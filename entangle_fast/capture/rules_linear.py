@@ -1,0 +1,143 @@
+"""Linear layers in all their spellings: F.linear, matmul, addmm, einsum with a parameter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .factors import DenseFactor, LinearFactor
+from .rules_elementwise import add_parameter
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear whose backward returns the input's gradient only, and records the weight's factors."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, weight, bias, layout, weight_use, bias_use):
+        ctx.layout, ctx.weight_use, ctx.bias_use = layout, weight_use, bias_use
+        ctx.save_for_backward(x if weight_use else None, weight if x.requires_grad else None)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        b = ctx.layout.positions(g)
+        if ctx.weight_use:
+            ctx.weight_use.record(LinearFactor(ctx.layout.positions(x), b))
+        if ctx.bias_use:
+            ctx.bias_use.record(DenseFactor(b[:, 0] if b.shape[1] == 1 else b.sum(1)))
+        dx = g @ weight if ctx.needs_input_grad[0] else None
+        return (dx,) + (None,) * 6
+
+
+def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…, d_in) with samples, weight (d_out, d_in) and bias (d_out,) of which at least one is watched."""
+    tape.refuse_samples(weight, "the weight of a linear layer")
+    dtype = tape.autocast_dtype(x)
+    x = x.to(dtype)
+    layout = tape.layout(x, "linear")
+    w, weight_use = tape.use(weight, dtype)
+    if bias is not None and bias.dim() != 1:
+        return add_parameter(tape, linear_with(tape, x, weight, None), bias)
+    b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
+    return _Linear.apply(x, tape.anchor, w, b, layout, weight_use, bias_use)
+
+
+def _linear(tape, func, args, kwargs):
+    def bind(input, weight, bias=None):
+        return linear_with(tape, input, weight, bias)
+
+    return bind(*args, **kwargs)
+
+
+def _transposed(tape, w: Tensor) -> Tensor:
+    """A watched (d_in, d_out) matrix as the (d_out, d_in) weight of a linear layer."""
+    t = w.mT
+    tape.sources.derive(Tensor.t, [w], t)
+    return t
+
+
+def _matmul(tape, func, args, kwargs):
+    def bind(input, other, *, out=None):
+        return input, other
+
+    if kwargs.get("out") is not None:
+        return NotImplemented
+    left, right = bind(*args, **kwargs)
+    if func in (Tensor.__rmatmul__,):
+        left, right = right, left
+    if right in tape.sources and left not in tape.sources and right.dim() == 2 and left.dim() >= 2:
+        return linear_with(tape, left, _transposed(tape, right), None)
+    if right in tape.sources and left not in tape.sources and right.dim() == 1 and left.dim() >= 2:
+        row = right.unsqueeze(0)
+        tape.sources.derive(Tensor.unsqueeze, [right], row)
+        return linear_with(tape, left, row, None).squeeze(-1)
+    if left in tape.sources and right not in tape.sources and left.dim() == 2 and right.dim() >= 3:
+        return linear_with(tape, right.mT, left, None).mT
+    return NotImplemented
+
+
+def _addmm(tape, func, args, kwargs):
+    def bind(input, mat1, mat2, *, beta=1, alpha=1):
+        return input, mat1, mat2, beta, alpha
+
+    bias, x, w, beta, alpha = bind(*args, **kwargs)
+    if beta != 1 or alpha != 1 or x in tape.sources:
+        return NotImplemented
+    if w in tape.sources:
+        return linear_with(tape, x, _transposed(tape, w), bias) if bias in tape.sources or bias.dim() == 1 else (
+            linear_with(tape, x, _transposed(tape, w), None) + bias
+        )  # fmt: skip
+    return add_parameter(tape, x @ w, bias)
+
+
+def _einsum(tape, func, args, kwargs):
+    """einsum of one activation with one watched weight, no label shared by input, weight and output at once."""
+    if kwargs or len(args) < 2 or not isinstance(args[0], str):
+        return NotImplemented
+    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else list(args[1:])
+    equation = args[0].replace(" ", "")
+    if "->" not in equation or "." in equation or len(operands) != 2:
+        return NotImplemented
+    labels, out = equation.split("->")
+    first, second = labels.split(",")
+    if operands[0] in tape.sources:
+        operands.reverse()
+        first, second = second, first
+    x, w = operands
+    if x in tape.sources or set(first) & set(second) & set(out) or len(set(first)) < len(first):
+        return NotImplemented
+    contracted = [c for c in second if c in first]
+    produced = [c for c in second if c in out]
+    kept = [c for c in first if c in out]
+    if len(contracted) + len(produced) != len(second) or len(contracted) + len(kept) != len(first):
+        return NotImplemented
+    sizes = dict(zip(second, w.shape))
+    moved = w.permute([second.index(c) for c in produced + contracted])
+    tape.sources.derive(Tensor.permute, [w], moved)
+    weight = moved.reshape(_volume(sizes, produced), _volume(sizes, contracted))
+    tape.sources.derive(Tensor.reshape, [moved], weight)
+    inputs = x.permute([first.index(c) for c in kept + contracted])
+    y = linear_with(tape, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None)
+    y = y.unflatten(-1, [sizes[c] for c in produced]) if produced else y.squeeze(-1)
+    order = kept + produced
+    return y.permute([order.index(c) for c in out])
+
+
+def _volume(sizes, labels) -> int:
+    total = 1
+    for c in labels:
+        total *= sizes[c]
+    return total
+
+
+RULES = {
+    F.linear: _linear,
+    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _matmul,
+    torch.mm: _matmul, Tensor.mm: _matmul,
+    torch.addmm: _addmm, Tensor.addmm: _addmm,
+    torch.einsum: _einsum,
+}  # fmt: skip

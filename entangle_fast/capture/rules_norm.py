@@ -1,0 +1,211 @@
+"""Normalisation layers: LayerNorm, GroupNorm, InstanceNorm, RMSNorm, and BatchNorm with frozen statistics."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .errors import CaptureError
+from .factors import DenseFactor
+from .rules_elementwise import add_parameter, multiply_parameter
+
+_NEEDS_EVAL = (
+    "BatchNorm in train mode: its statistics mix the samples, so that no per-sample gradient exists; "
+    "call model.eval() first, or replace it (GroupNorm)"
+)
+
+
+def refuse_batch_statistics(input, running_mean=None, running_var=None, weight=None, bias=None, training=False, *_, **__):
+    if training:
+        raise CaptureError(_NEEDS_EVAL)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor, weight, bias, shape, eps, layout, weight_use, bias_use):
+        y, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.shape, ctx.layout, ctx.weight_use, ctx.bias_use = shape, layout, weight_use, bias_use
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        if ctx.weight_use:
+            _record(ctx.weight_use, ctx.layout, g * ((x - mean) * rstd), len(ctx.shape))
+        if ctx.bias_use:
+            _record(ctx.bias_use, ctx.layout, g, len(ctx.shape))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            mask = [True, False, False]
+            dx = torch.ops.aten.native_layer_norm_backward(g, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
+        return (dx,) + (None,) * 8
+
+
+def _record(use, layout, grads, dims: int) -> None:
+    """Sum over the positions of each sample: (…, *normalised shape) → (n, *normalised shape)."""
+    shape = grads.shape[-dims:]
+    rows = layout.leading(grads)
+    rows = rows.reshape(layout.n, -1, *shape)
+    use.record(DenseFactor(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)))
+
+
+def _layer_norm(tape, func, args, kwargs):
+    def bind(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+        return input, list(normalized_shape), weight, bias, eps
+
+    x, shape, weight, bias, eps = bind(*args, **kwargs)
+    if _mixed(tape, x, weight, bias):
+        return _affine(tape, F.layer_norm(x, shape, None, None, eps), weight, bias)
+    layout = tape.layout(x, "layer_norm")
+    w, weight_use = tape.use(weight, x.dtype) if weight is not None else (None, None)
+    b, bias_use = tape.use(bias, x.dtype) if bias is not None else (None, None)
+    return _LayerNorm.apply(x, tape.anchor, w, b, shape, eps, layout, weight_use, bias_use)
+
+
+def _mixed(tape, x, *params) -> bool:
+    """Autocast or mixed dtypes: normalise natively, then scale and shift by elementwise rules."""
+    return tape.autocast_on(x) or any(p is not None and p.dtype != x.dtype for p in params)
+
+
+def _affine(tape, y, weight, bias):
+    if weight is not None:
+        y = multiply_parameter(tape, y, weight) if weight in tape.sources else y * weight
+    if bias is not None:
+        y = add_parameter(tape, y, bias) if bias in tape.sources else y + bias
+    return y
+
+
+class _ChannelNorm(torch.autograd.Function):
+    """GroupNorm and frozen BatchNorm: y = xhat · w_c + b_c, per-sample gradients summed over positions."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, weight, bias, statistics, weight_use, bias_use):
+        ctx.weight_use, ctx.bias_use, ctx.statistics = weight_use, bias_use, statistics
+        y, saved = statistics.forward(x, weight, bias)
+        ctx.save_for_backward(x, weight, *saved)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, *saved = ctx.saved_tensors
+        n, channels = x.shape[:2]
+        if ctx.weight_use or ctx.bias_use:
+            total = g.reshape(n, channels, -1).sum(2)
+            if ctx.weight_use:
+                moment = (g * x).reshape(n, channels, -1).sum(2)
+                mean, rstd = ctx.statistics.per_channel(x, saved)
+                ctx.weight_use.record(DenseFactor((moment - mean * total) * rstd))
+            if ctx.bias_use:
+                ctx.bias_use.record(DenseFactor(total))
+        dx = ctx.statistics.backward(g, x, weight, saved) if ctx.needs_input_grad[0] else None
+        return (dx,) + (None,) * 6
+
+
+class _Group:
+    def __init__(self, groups: int, eps: float):
+        self.groups, self.eps = groups, eps
+
+    def _sizes(self, x):
+        return x.shape[0], x.shape[1], x[0, 0].numel() if x.shape[0] else 0, self.groups
+
+    def forward(self, x, weight, bias):
+        y, mean, rstd = torch.ops.aten.native_group_norm(x.contiguous(), weight, bias, *self._sizes(x), self.eps)
+        return y, (mean, rstd)
+
+    def per_channel(self, x, saved):
+        return [s.repeat_interleave(x.shape[1] // self.groups, 1) for s in saved]
+
+    def backward(self, g, x, weight, saved):
+        mean, rstd = saved
+        mask = [True, False, False]
+        return torch.ops.aten.native_group_norm_backward(
+            g.contiguous(), x.contiguous(), mean, rstd, weight, *self._sizes(x), mask
+        )[0]
+
+
+class _Frozen:
+    def __init__(self, mean, var, eps: float):
+        self.mean, self.rstd, self.var, self.eps = mean, (var + eps).rsqrt(), var, eps
+
+    def forward(self, x, weight, bias):
+        return F.batch_norm(x, self.mean, self.var, weight, bias, False, 0.0, self.eps), ()
+
+    def per_channel(self, x, saved):
+        return self.mean, self.rstd
+
+    def backward(self, g, x, weight, saved):
+        scale = self.rstd if weight is None else self.rstd * weight
+        return g * scale.view(1, -1, *(1,) * (g.dim() - 2)).to(g.dtype)
+
+
+def _channel_norm(tape, x, weight, bias, statistics, where):
+    layout = tape.layout(x, where, batch_first=True)
+    if layout.flat or layout.axis:
+        raise CaptureError(f"{where}: input of shape {tuple(x.shape)} does not have the {tape.n} samples in dimension 0")
+    w, weight_use = tape.use(weight, x.dtype) if weight is not None else (None, None)
+    b, bias_use = tape.use(bias, x.dtype) if bias is not None else (None, None)
+    return _ChannelNorm.apply(x, tape.anchor, w, b, statistics, weight_use, bias_use)
+
+
+def _by_channel(tape, y, weight, bias):
+    """Scale and shift (n, C, *size) by watched (C,) vectors."""
+    shape = (-1,) + (1,) * (y.dim() - 2)
+    views = []
+    for p in (weight, bias):
+        v = None if p is None else p.view(shape)
+        if p is not None and p in tape.sources:
+            tape.sources.derive(torch.Tensor.view, [p], v)
+        views.append(v)
+    return _affine(tape, y, *views)
+
+
+def _group_norm(tape, func, args, kwargs):
+    def bind(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+        return input, num_groups, weight, bias, eps
+
+    x, groups, weight, bias, eps = bind(*args, **kwargs)
+    if _mixed(tape, x, weight, bias):
+        return _by_channel(tape, F.group_norm(x, groups, None, None, eps), weight, bias)
+    return _channel_norm(tape, x, weight, bias, _Group(groups, eps), "group_norm")
+
+
+def _instance_norm(tape, func, args, kwargs):
+    def bind(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1,
+             eps=1e-5, cudnn_enabled=True):  # fmt: skip
+        return input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+
+    x, mean, var, weight, bias, own, momentum, eps = bind(*args, **kwargs)
+    if not own:
+        return _channel_norm(tape, x, weight, bias, _Frozen(mean, var, eps), "instance_norm")
+    return _by_channel(tape, F.instance_norm(x, mean, var, None, None, own, momentum, eps), weight, bias)
+
+
+def _batch_norm(tape, func, args, kwargs):
+    def bind(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *_):
+        return input, running_mean, running_var, weight, bias, eps
+
+    x, mean, var, weight, bias, eps = bind(*args, **kwargs)
+    if _mixed(tape, x, weight, bias) or mean.dtype != x.dtype:
+        return _by_channel(tape, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
+    return _channel_norm(tape, x, weight, bias, _Frozen(mean, var, eps), "batch_norm")
+
+
+def _rms_norm(tape, func, args, kwargs):
+    def bind(input, normalized_shape, weight=None, eps=None):
+        return input, list(normalized_shape), weight, eps
+
+    x, shape, weight, eps = bind(*args, **kwargs)
+    return _affine(tape, F.rms_norm(x, shape, None, eps), weight, None)
+
+
+RULES = {
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    F.batch_norm: _batch_norm,
+    F.rms_norm: _rms_norm,
+}

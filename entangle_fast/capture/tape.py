@@ -1,0 +1,412 @@
+"""The tape: what a captured forward and backward leave behind, and the questions it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import layout as layouts
+from .contract import Contraction, components
+from .errors import CaptureError
+from .factors import Factor
+from .mode import CaptureMode
+from .sources import Source, Sources, tensors_in
+
+STREAMABLE = ("gram", "sqnorms", "combine")
+
+
+class _Use:
+    """One meeting of a source with the batch; its factor arrives during the backward."""
+
+    __slots__ = ("tape", "source")
+
+    def __init__(self, tape: Tape, source: Source):
+        self.tape, self.source = tape, source
+
+    def record(self, factor: Factor) -> None:
+        self.tape._record(self, factor)
+
+
+class Tape:
+    """Factors of the per-sample gradients of n samples, for every trainable parameter.
+
+    Made by ``ef.capture``; use it in this order: forward inside the ``with``, ``backward(losses)`` once, then any of
+    ``gram``, ``sqnorms``, ``project``, ``combine``, ``per_sample``.
+
+    Attributes:
+        names: the trainable parameters' names; results that are lists follow this order.
+        params: the parameters themselves.
+        n: the number of samples.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor], buffers: Iterable[Tensor], *, batch_size, batch_dim, strict, seq_first):
+        self.names, self.params = list(named), list(named.values())
+        self.n: int | None = batch_size
+        self.batch_dim, self.strict, self.seq_first = batch_dim, strict, seq_first
+        self.sources = Sources(self.params)
+        self.mode = CaptureMode(self)
+        self.anchor = torch.zeros((), requires_grad=True)  # makes outputs require a gradient although weights are cut
+        self._buffers = {id(b): b for b in buffers}
+        self._followed: dict[int, weakref.ref] = {}
+        self._pending: dict[int, int] = {}  # uses of each parameter whose factor has not arrived
+        self._uses: list[tuple[Source, Factor]] = []
+        self._stream: _Stream | None = None
+        self._done = False
+
+    # ---- what rules ask ----
+
+    def carries_samples(self, x: Tensor) -> bool:
+        """Does this tensor depend on the batch?
+
+        Exact when the model itself was called: its inputs are known and followed (``follow``). For functional code
+        it is guessed from the sizes.
+        """
+        if x in self.sources or x.dim() == 0 or id(x) in self._buffers:
+            return False
+        if x.requires_grad or self.n is None or self._from_batch(x):
+            return True
+        axis = self.batch_dim or 0
+        return not self._followed and (x.dim() > axis and x.shape[axis] == self.n)
+
+    def _from_batch(self, x: Tensor) -> bool:
+        ref = self._followed.get(id(x))
+        return ref is not None and ref() is x
+
+    def follow(self, inputs: list[Tensor], out) -> None:
+        """Tensors without a gradient that are computed from the batch are noted; those with one need no note."""
+        if self._followed and any(x.requires_grad or self._from_batch(x) for x in inputs):
+            self.note_batch(out)
+
+    def note_batch(self, *tree) -> None:
+        for x in tensors_in(tree):
+            if not x.requires_grad:
+                self._followed[id(x)] = weakref.ref(x)
+
+    def seq_first_input(self, x: Tensor) -> bool:
+        return (self.batch_dim == 1 or self.seq_first) and x.dim() > 1 and x.shape[1] == self.n
+
+    def layout(self, x: Tensor, where: str, *, batch_first: bool = False) -> layouts.Layout:
+        if self.n is None:
+            self.n = x.shape[self.batch_dim or 0]
+        if batch_first:
+            return layouts.find(x.shape, self.n, 0 if x.shape[0] == self.n else None, False, where)
+        return self.layout_of(x.shape, where)
+
+    def layout_of(self, shape, where: str) -> layouts.Layout:
+        return layouts.find(shape, self.n, self.batch_dim, self.seq_first, where)
+
+    @contextlib.contextmanager
+    def positions_first(self):
+        """Inside attention the samples stand in dimension 1, whatever the model outside does."""
+        before, self.batch_dim = self.batch_dim, 1
+        try:
+            yield
+        finally:
+            self.batch_dim = before
+
+    def autocast_on(self, x: Tensor) -> bool:
+        return torch.is_autocast_enabled(x.device.type)
+
+    def autocast_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which autocast would run a matrix product of x."""
+        if self.autocast_on(x) and x.is_floating_point() and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype
+
+    def use(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, _Use | None]:
+        """Values to compute with, cut off from autograd, and where to record; no record for a tensor not watched."""
+        if p not in self.sources:
+            return p.to(dtype), None
+        source = self.sources[p]
+        for i in source.params:
+            self._pending[i] = self._pending.get(i, 0) + 1
+        return source.cut.to(dtype), _Use(self, source)
+
+    def refuse_samples(self, weight: Tensor, what: str) -> None:
+        if weight not in self.sources and weight.requires_grad:
+            raise CaptureError(f"{what} was computed from the batch: per-sample weights have no rule; use strict=False")
+
+    def describe(self, x: Tensor) -> str:
+        source = self.sources[x]
+        return "parameter " + ", ".join(repr(self.names[i]) for i in source.params)
+
+    # ---- recording ----
+
+    def _record(self, use: _Use, factor: Factor) -> None:
+        self._uses.append((use.source, factor))
+        for i in use.source.params:
+            self._pending[i] -= 1
+        if self._stream is not None:
+            self._stream.arrived(self, use.source)
+
+    def backward(self, losses: Tensor, *, stream: Sequence[str] = (), weights: Tensor | None = None) -> None:
+        """Run the one backward that fills the tape; no weight gradient is formed and no ``.grad`` is touched.
+
+        Args:
+            losses: (n,), one loss per sample, not reduced. Each sample's seed is 1, whatever reduction you think in:
+                a mean over samples is ``combine`` with weights 1/n.
+            stream: contractions to make layer by layer while the backward runs, factors being freed at once: any of
+                "gram", "sqnorms", "combine". Afterwards the tape answers only these.
+            weights: (n,) or (m, n) for "combine" in stream.
+
+        Raises: ValueError for reduced or empty losses, CaptureError when a parameter's gradient escaped the rules.
+        """
+        self._check_losses(losses)
+        if unknown := [s for s in stream if s not in STREAMABLE]:
+            raise ValueError(f"stream: got {unknown[0]!r}; needs any of {', '.join(STREAMABLE)}")
+        if ("combine" in stream) != (weights is not None):
+            raise ValueError("weights: give them with stream=('combine',), and only then")
+        if stream:
+            rows = None if weights is None else self._rows(weights)
+            self._stream = _Stream(stream, self.n, rows, weights is not None and weights.dim() == 1, losses)
+        self._done = True
+        torch.autograd.backward(losses, torch.ones_like(losses), inputs=[self.anchor])
+        self.anchor.grad = None
+        if self._stream is not None:
+            self._stream.finish(self)
+
+    def _check_losses(self, losses: Tensor) -> None:
+        if self._done:
+            raise CaptureError("backward: this tape has had its backward; capture a new forward with ef.capture(model)")
+        if losses.dim() != 1:
+            got = "an already reduced loss" if losses.dim() == 0 else f"shape {tuple(losses.shape)}"
+            raise ValueError(f"losses: got {got}; needs one loss per sample, (n,): use reduction='none'")
+        if not self.sources or not self.params:
+            raise CaptureError("model: no trainable parameter; set requires_grad_(True) on those that shall be captured")
+        if not losses.requires_grad:
+            raise CaptureError(
+                "losses: they depend on no trainable parameter seen inside the `with`; compute them there, not under no_grad"
+            )
+        if self.n is None or len(losses) != self.n:
+            raise ValueError(
+                f"losses: {len(losses)} of them for a batch of {self.n}; need one per sample; if the batch was guessed "
+                "wrong, say ef.capture(model, batch_size=…)"
+            )
+        self._refuse_leaks(losses)
+
+    def _refuse_leaks(self, losses: Tensor) -> None:
+        """A parameter that reached the loss past every rule (a custom autograd.Function) must not be dropped silently."""
+        watched = {id(p): name for name, p in zip(self.names, self.params)}
+        stack, seen = [losses.grad_fn], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in watched:
+                raise CaptureError(
+                    f"parameter {watched[id(variable)]!r} reaches the losses through code that capture cannot see (a custom "
+                    "autograd.Function, a scripted or compiled module); run it eagerly, or freeze it"
+                )
+            stack += [parent for parent, _ in node.next_functions]
+
+    # ---- questions ----
+
+    def _contractions(self) -> list[Contraction]:
+        if not self._done:
+            raise CaptureError("tape: no backward yet; call tape.backward(losses) first")
+        if self._stream is not None:
+            raise CaptureError(
+                f"tape: factors were freed while the backward ran, only {', '.join(self._stream.results)} can be asked; "
+                "call tape.backward(losses) without stream= to keep them"
+            )
+        return [Contraction(c, self.params, self.n) for c in components(self._uses)]
+
+    def _total(self, parts: list[Tensor], shape) -> Tensor:
+        return sum(parts[1:], parts[0]) if parts else torch.zeros(shape, device=self.params[0].device)
+
+    def gram(self, other: Tape | None = None) -> Tensor:
+        """K_ij = <g_i, g_j>, (n, n); with another tape of the same model <g_i, g'_j>, (n, m). Summed over all parameters."""
+        if self._streamed("gram") and other is None:
+            return self._stream.results["gram"]
+        mine = self._contractions()
+        if other is None:
+            return self._total([c.gram() for c in mine], (self.n, self.n))
+        if [id(p) for p in self.params] != [id(p) for p in other.params]:
+            raise ValueError("other: its tape is of another model; capture both from the same parameters")
+        theirs = {tuple(c.indices): c for c in other._contractions()}
+        parts = [c.gram(theirs[key]) for c in mine if (key := tuple(c.indices)) in theirs]
+        return self._total(parts, (self.n, other.n))
+
+    def sqnorms(self) -> Tensor:
+        """‖g_i‖² over all parameters, (n,)."""
+        if self._streamed("sqnorms"):
+            return self._stream.results["sqnorms"]
+        return self._total([c.sqnorm() for c in self._contractions()], (self.n,))
+
+    def project(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
+        """<g_i, D_k>: directions are k lists of tensors shaped like ``params`` → (n, k)."""
+        for k, d in enumerate(directions):
+            if [x.shape for x in d] != [p.shape for p in self.params]:
+                raise ValueError(f"directions[{k}]: needs {len(self.params)} tensors shaped like tape.params, in that order")
+        maps = [dict(enumerate(d)) for d in directions]
+        return self._total([c.project(maps) for c in self._contractions()], (self.n, len(directions)))
+
+    def combine(self, w: Tensor | None = None) -> list:
+        """Σ_i w_i g_i: w (n,) → list of tensors like ``params``; w (m, n) → m such lists.
+
+        Parameters that took no part get zeros. After a backward with stream=("combine",) w is not given again.
+        """
+        if self._streamed("combine") and w is None:
+            return self._stream.combined(self)
+        if w is None:
+            raise ValueError("w: needs per-sample weights (n,) or (m, n)")
+        rows = self._rows(w)
+        found: dict[int, Tensor] = {}
+        for c in self._contractions():
+            found.update(c.combine(rows))
+        return self._listed(found, len(rows), w.dim() == 1)
+
+    def per_sample(self) -> dict[str, Tensor]:
+        """Name → (n, *shape): the explicit per-sample gradients. For checking: this is what the rest avoids."""
+        found: dict[int, Tensor] = {}
+        for c in self._contractions():
+            found.update(c.per_sample(0, self.n))
+        shapes = zip(self.names, self.params)
+        return {name: found.get(i, p.new_zeros(self.n, *p.shape)).view(self.n, *p.shape)
+                for i, (name, p) in enumerate(shapes)}  # fmt: skip
+
+    def _rows(self, w: Tensor) -> Tensor:
+        if w.dim() not in (1, 2) or w.shape[-1] != self.n:
+            raise ValueError(f"w: shape {tuple(w.shape)}; needs ({self.n},) or (m, {self.n}), one weight per sample")
+        return w.detach().unsqueeze(0) if w.dim() == 1 else w.detach()
+
+    def _listed(self, found: dict[int, Tensor], m: int, single: bool) -> list:
+        lists = [[found[i][k].to(p.dtype).view(p.shape) if i in found else torch.zeros_like(p)
+                  for i, p in enumerate(self.params)] for k in range(m)]  # fmt: skip
+        return lists[0] if single else lists
+
+    def _streamed(self, what: str) -> bool:
+        return self._stream is not None and what in self._stream.results
+
+
+class _Stream:
+    """Contracts each parameter as soon as its last use has arrived, and lets its factors go."""
+
+    def __init__(self, what: Sequence[str], n: int, rows: Tensor | None, single: bool, like: Tensor):
+        self.what, self.n, self.rows, self.single, self.like = tuple(what), n, rows, single, like
+        self.results: dict = {name: None if name != "combine" else {} for name in what}
+
+    def arrived(self, tape: Tape, source: Source) -> None:
+        if any(tape._pending[i] for i in source.params):
+            return
+        ready = [u for u in tape._uses if set(u[0].params) & set(source.params)]
+        reach = {i for s, _ in ready for i in s.params}
+        if any(tape._pending[i] for i in reach):
+            return
+        tape._uses = [u for u in tape._uses if not set(u[0].params) & reach]
+        self._contract(tape, ready)
+
+    def finish(self, tape: Tape) -> None:
+        """What is left: parameters with a use that the losses do not depend on."""
+        left, tape._uses = tape._uses, []
+        self._contract(tape, left)
+        for name, shape in (("gram", (self.n, self.n)), ("sqnorms", (self.n,))):
+            if name in self.results and self.results[name] is None:
+                self.results[name] = self.like.new_zeros(shape)
+
+    def _contract(self, tape: Tape, uses) -> None:
+        for component in components(uses):
+            c = Contraction(component, tape.params, self.n)
+            if "gram" in self.what:
+                self._add("gram", c.gram())
+            if "sqnorms" in self.what:
+                self._add("sqnorms", c.sqnorm())
+            if "combine" in self.what:
+                self.results["combine"].update(c.combine(self.rows))
+
+    def _add(self, name: str, part: Tensor) -> None:
+        self.results[name] = part if self.results[name] is None else self.results[name].add_(part)
+
+    def combined(self, tape: Tape) -> list:
+        return tape._listed(self.results["combine"], len(self.rows), self.single)
+
+
+@contextlib.contextmanager
+def capture(
+    model: nn.Module | Mapping[str, Tensor], *, batch_size: int | None = None, batch_dim: int | None = None,
+    strict: bool = True,
+) -> Iterator[Tape]:  # fmt: skip
+    """Watch the trainable parameters of a model while it runs; the model is neither wrapped nor changed.
+
+    Args:
+        model: a module, or a mapping of names to parameters for functional code.
+        batch_size: number of samples; by default taken from the model's first tensor argument.
+        batch_dim: the dimension that counts samples (0 or 1); by default found from the sizes, ambiguity being an error.
+        strict: a trainable parameter in a function without a rule is an error that names it; with strict=False it
+            goes through torch.func.vmap on a copy per sample (slower, more memory).
+
+    Yields: a Tape.
+
+    Raises: CaptureError (no trainable parameter, BatchNorm in train mode, an unknown function, …).
+
+    >>> import torch, entangle_fast as ef
+    >>> model = torch.nn.Linear(3, 2)
+    >>> with ef.capture(model) as tape:
+    ...     tape.backward(model(torch.randn(5, 3)).square().sum(1))
+    >>> tape.gram().shape
+    torch.Size([5, 5])
+    """
+    is_module = isinstance(model, nn.Module)
+    named = {k: p for k, p in (model.named_parameters() if is_module else model.items()) if p.requires_grad}
+    if not named:
+        raise CaptureError("model: no trainable parameter; set requires_grad_(True) on those that shall be captured")
+    seq_first = batch_dim is None and is_module and any(
+        isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules()
+    )  # fmt: skip
+    tape = Tape(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict,
+                seq_first=seq_first)  # fmt: skip
+    hook = model.register_forward_pre_hook(_count_samples(tape), with_kwargs=True) if is_module else None
+    try:
+        with tape.mode:
+            yield tape
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _count_samples(tape: Tape) -> Callable:
+    """A forward pre-hook that notes the batch: its size, and the tensors that carry it."""
+
+    def look(module, args, kwargs):
+        for x in tensors_in(args, kwargs):
+            if x.dim() == 0:
+                continue
+            axis = tape.batch_dim or (1 if tape.seq_first and x.dim() > 1 else 0)
+            if tape.n is None:
+                tape.n = x.shape[axis] if x.dim() > axis else x.shape[0]
+            if tape.n in x.shape[:2] and x not in tape.sources:
+                tape.note_batch(x)
+
+    return look
+
+
+def check_capture(model: nn.Module, losses: Callable[[], Tensor], *, rtol: float = 1e-3, **options) -> float:
+    """Does the tape of this model agree with autograd? One captured and one ordinary backward with random weights.
+
+    Args:
+        model: as for capture.  losses: computes the per-sample losses (n,) of one batch, called twice.
+        rtol: largest accepted relative error.  options: of capture.
+
+    Returns: the relative error.  Raises: CaptureError if it is larger than rtol.
+    """
+    with capture(model, **options) as tape:
+        values = losses()
+        tape.backward(values)
+    w = torch.randn(len(values), generator=torch.Generator().manual_seed(0)).to(values)
+    mine = tape.combine(w)
+    theirs = torch.autograd.grad((w * losses()).sum(), tape.params, allow_unused=True)
+    gap = sum((a - b).double().square().sum() for a, b in zip(mine, theirs) if b is not None)
+    size = sum(b.double().square().sum() for b in theirs if b is not None)
+    error = float((gap / size.clamp(min=1e-300)).sqrt())
+    if not error <= rtol:
+        raise CaptureError(
+            f"capture disagrees with autograd: relative error {error:.2e} > {rtol:.0e}; does the model mix samples, draw "
+            "random numbers (dropout in train mode), or fold positions before samples? then say batch_dim=… or freeze it"
+        )
+    return error

@@ -1,0 +1,148 @@
+"""The `entangle-fast` command. Commands import what they need when they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from entangle_fast.doctor import THP
+
+TRAINING = {"demo", "unlearn"}
+
+app = typer.Typer(
+    name="entangle-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Make a trained model forget some data while keeping what is entangled with it.",
+)  # fmt: skip
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bars.")]
+
+
+def main() -> None:
+    """Entry point. Training starts anew once with huge pages on, which torch reads when it is imported."""
+    # importing this module imported torch, so setting the variable here would come too late
+    if TRAINING & set(sys.argv[1:]) and THP not in os.environ:
+        os.environ[THP] = "1"  # also what keeps this from happening twice
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    app()
+
+
+@contextmanager
+def _plainly(debug: bool, out: Path | None = None, resume: str | None = None) -> Iterator[None]:
+    """User errors become one red line and exit 2; ctrl-C says what was kept in `out`, exit 130."""
+    from entangle_fast.dispatch import BackendError
+    from entangle_fast.storage import CheckpointError
+
+    errors = Console(stderr=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is not None:
+            errors.print(Text(f"\n{_kept(out, resume)}", style="yellow"), soft_wrap=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, CheckpointError, BackendError) as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        errors.print(Text("error: ", style="bold red").append(line), soft_wrap=True, style="red")
+        raise typer.Exit(2) from None
+
+
+def _kept(out: Path, resume: str | None) -> str:
+    files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) if out.is_dir() else []
+    if not files:
+        return f"interrupted; nothing was written to {out} yet"
+    line = f"interrupted; kept in {out}: {', '.join(files[:12])}{', ...' if len(files) > 12 else ''}"
+    return f"{line}\ngo on with: {resume}" if resume and any("checkpoint" in f for f in files) else line
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        from entangle_fast import __version__
+
+        typer.echo(f"entangle-fast {__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    forget: Annotated[str, typer.Option(help="Class of Fashion-MNIST to forget.")] = "Sneaker",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs to average.")] = 3,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller and coarser, to see it work.")] = False,
+    no_progress: NoProgress = False,
+    debug: Debug = False,
+) -> None:
+    """Forget a class of Fashion-MNIST, compare with the baselines, draw the figures."""
+    with _plainly(debug, out):
+        from entangle_fast.demo import run
+
+        run(forget=forget, seeds=seeds, out=out, quick=quick, progress=not no_progress)
+        _show(out)
+
+
+@app.command()
+def unlearn(
+    config: Annotated[Path, typer.Argument(help="TOML file with the tables task, model, method and run.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder, instead of run.out in the file.")] = None,
+    no_progress: NoProgress = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the run folder.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run the job that a TOML file describes."""
+    from entangle_fast.config import from_toml
+
+    with _plainly(debug):
+        job = from_toml(config)
+    job.run = dataclasses.replace(job.run, out=str(out or job.run.out), progress=job.run.progress and not no_progress)
+    folder = Path(job.run.out)
+    again = f"entangle-fast unlearn {config}{f' --out {out}' if out else ''} --resume"
+    with _plainly(debug, folder, again):
+        from entangle_fast.job import unlearn_from_config
+
+        unlearn_from_config(job, resume=resume)
+        _show(folder)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    debug: Debug = False,
+) -> None:
+    """Print the tables of a run again and redraw its figures, from its files alone."""
+    with _plainly(debug, run):
+        _show(run)
+
+
+def _show(run: Path) -> None:
+    from entangle_fast.report import rebuild
+
+    rebuild(run, Console())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which backend serves what, and how to mend what is missing."""
+    from entangle_fast.doctor import doctor as examine
+
+    examine(Console())

@@ -1,0 +1,48 @@
+"""Per-sample losses and how they are spread."""
+import torch
+import torch.nn.functional as F
+
+from ..methods.training import device_of, in_mode
+
+
+def sample_losses(model, x, y, batch_size=1024):
+    """Cross-entropy of each sample: (n,), at least float32, on the CPU. x (n, ...), y (n,) int64.
+
+    The model runs in eval mode without gradients and is left as found.
+    Raises ValueError when x is empty or y does not match it.
+    """
+    if len(x) == 0 or y.shape != (len(x),):
+        raise ValueError(f"x, y: got {len(x)} samples and labels of shape {tuple(y.shape)}; "
+                         "needs at least one sample, and labels of shape (n,)")
+    device, losses = device_of(model), []
+    with in_mode(model, False), torch.no_grad():
+        for xs, ys in zip(x.split(batch_size), y.split(batch_size)):
+            logits = model(xs.to(device))
+            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+            losses.append(F.cross_entropy(logits, ys.to(device), reduction="none").cpu())
+    return torch.cat(losses)
+
+
+def loss_distribution(losses, quantiles=(0.05, 0.25, 0.5, 0.75, 0.95)):
+    """Mean, extremes and quantiles of losses (n,), as plain floats.
+
+    Returns {"mean", "min", "max", "quantiles": {q: value}}; quantiles interpolate linearly, in float64.
+    Raises ValueError when losses are empty or hold a NaN, or a quantile is outside [0, 1].
+    """
+    if losses.dim() != 1 or len(losses) == 0 or torch.isnan(losses).any():
+        raise ValueError(f"losses: got shape {tuple(losses.shape)} with {int(torch.isnan(losses).sum())} NaN; "
+                         "needs (n,), n > 0, without NaN")
+    if any(not 0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles: got {tuple(quantiles)}, needs numbers in [0, 1]")
+    losses = losses.double()
+    return {"mean": losses.mean().item(), "min": losses.min().item(), "max": losses.max().item(),
+            "quantiles": {q: _quantile(losses, q) for q in quantiles}}
+
+
+def _quantile(losses, q):
+    # not torch.quantile, which refuses more than 16M values
+    order = losses.sort().values
+    place = q * (len(order) - 1)
+    low = int(place)
+    low_value, high_value = order[low].item(), order[min(low + 1, len(order) - 1)].item()
+    return low_value if place == low else low_value + (place - low) * (high_value - low_value)

@@ -1,0 +1,127 @@
+"""Which retain samples are entangled with the forget set: by label hierarchy, or by neighbours in an embedding."""
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..methods.training import device_of, in_mode
+
+_BLOCK = 1 << 22  # distances held at once: 32 MiB in float64
+
+
+class Neighbours(NamedTuple):
+    """indices (m,) int64, best first; scores (r,) int64: in how many forget samples' lists each retain sample is."""
+
+    indices: torch.Tensor
+    scores: torch.Tensor
+
+
+class Agreement(NamedTuple):
+    """How well a choice of samples matches another: shares in [0, 1]. base_rate: the precision of a blind choice."""
+
+    precision: float
+    recall: float
+    base_rate: float
+
+
+def by_label(fine, forget, superclass_of):
+    """Adjacent by label hierarchy: fine classes that share a superclass with a forget class and are not forgotten.
+
+    fine           (n,) int64 fine labels
+    forget         indices of the forgotten fine classes
+    superclass_of  (classes,) int64, fine class -> superclass
+    Returns (n,) bool.
+    """
+    forgotten = torch.zeros(len(superclass_of), dtype=torch.bool)
+    forgotten[torch.as_tensor(forget, dtype=torch.int64)] = True
+    near = torch.isin(superclass_of, superclass_of[forgotten]) & ~forgotten
+    return near[fine]
+
+
+def by_knn(embed_forget, embed_retain, k=20, top=0.10):
+    """Adjacent by neighbours: the `top` share of retain samples that are in most forget samples' lists of k nearest.
+
+    embed_forget (f, d), embed_retain (r, d): floating point, finite. Distance is Euclidean, in float64.
+    Source: Cheng et al. 2026 (arXiv 2603.26569), appendix, as a third-party summary gives it.
+
+    Ties go to the lower index, in the lists and in the ranking. A sample that is in no list is never adjacent, so
+    fewer than ceil(top * r) may come back. Never holds f x r distances. Returns `Neighbours`.
+    Raises ValueError for shapes that do not match, non-finite values, k not in 1..r, top not in (0, 1].
+    """
+    for name, e in (("embed_forget", embed_forget), ("embed_retain", embed_retain)):
+        if e.dim() != 2 or len(e) == 0 or not e.is_floating_point():
+            raise ValueError(f"{name}: got shape {tuple(e.shape)} and {e.dtype}; needs (n, d) floating point, n > 0")
+        if not torch.isfinite(e).all():
+            raise ValueError(f"{name}: got non-finite values; look at the model's weights and inputs")
+    f, r = embed_forget.double(), embed_retain.double()
+    if f.shape[1] != r.shape[1]:
+        raise ValueError(f"embed_retain: got {r.shape[1]} features, embed_forget has {f.shape[1]}; "
+                         "needs as many: embed both with the same layer")
+    if not 1 <= k <= len(r):
+        raise ValueError(f"k: got {k}, needs 1 to {len(r)} (the number of retain samples)")
+    if not 0 < top <= 1:
+        raise ValueError(f"top: got {top}, needs a share in (0, 1]")
+    # centred, so that |a|^2 - 2ab + |b|^2 does not cancel; by a power of two, so that equal distances stay equal
+    mean = r.mean(0)
+    grid = 2.0 ** math.ceil(math.log2(max((r - mean).abs().max().item(), torch.finfo(r.dtype).eps)))
+    centre = (mean / grid).round() * grid
+    f, r = f - centre, r - centre
+    norms = r.square().sum(1)
+    scores = torch.zeros(len(r), dtype=torch.int64, device=r.device)
+    for rows in f.split(max(1, _BLOCK // len(r))):
+        distance = norms - 2 * rows @ r.T  # + |row|^2, which does not change a row's order
+        kth = distance.topk(k, dim=1, largest=False).values[:, -1:]
+        nearer, level = distance < kth, distance == kth
+        room = k - nearer.sum(1, keepdim=True)
+        scores += (nearer | level & (level.cumsum(1, dtype=torch.int32) <= room)).sum(0)
+    order = scores.argsort(descending=True, stable=True)[:math.ceil(top * len(r))]
+    return Neighbours(order[scores[order] > 0], scores)
+
+
+def agreement(indices, adjacent):
+    """Precision and recall of chosen samples against a label hierarchy's answer.
+
+    indices   (m,) int64, the chosen retain samples (from `by_knn`)
+    adjacent  (r,) bool, who is adjacent by label (from `by_label`), over the same retain samples
+    Returns `Agreement`. Raises ValueError when nothing was chosen or nobody is adjacent.
+    """
+    if len(indices) == 0 or not adjacent.any():
+        raise ValueError(f"agreement: got {len(indices)} indices and {int(adjacent.sum())} adjacent samples; "
+                         "needs at least one of each")
+    hits = int(adjacent[indices].sum())
+    return Agreement(hits / len(indices), hits / int(adjacent.sum()), int(adjacent.sum()) / len(adjacent))
+
+
+def embed(model, x, layer=None, batch_size=512):
+    """Features of x: what goes into the model's last nn.Linear, or into the module named `layer`.
+
+    x (n, ...) float. Returns (n, d) on the CPU, in the model's dtype. "Last" is in the order of registration.
+    The model runs in eval mode without gradients and is left as found, also after an error.
+    Raises ValueError when there is no such layer, when the forward pass does not call it, when x is empty, and when
+    what goes into it is not (n, d).
+    """
+    if len(x) == 0:
+        raise ValueError("x: got 0 samples, needs at least one")
+    modules = dict(model.named_modules())
+    if layer is None:
+        layer = next((n for n in reversed(modules) if isinstance(modules[n], torch.nn.Linear)), None)
+        if layer is None:
+            raise ValueError("model: has no nn.Linear; pass layer=, the name of the module whose input to take")
+    if layer not in modules:
+        raise ValueError(f"layer: got {layer!r}, which is no module of the model; needs a name of named_modules()")
+    inputs, features, device = [], [], device_of(model)
+    handle = modules[layer].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
+        with in_mode(model, False), torch.no_grad():
+            for batch in x.split(batch_size):
+                inputs.clear()
+                model(batch.to(device))
+                if not inputs:
+                    raise ValueError(f"layer: the forward pass does not call {layer!r}; pass a layer that it calls")
+                if inputs[-1].dim() != 2 or len(inputs[-1]) != len(batch):
+                    raise ValueError(f"layer: the input of {layer!r} has shape {tuple(inputs[-1].shape)}, needs "
+                                     f"({len(batch)}, d); pass a layer after pooling")
+                features.append(inputs[-1].cpu())
+    finally:
+        handle.remove()
+    return torch.cat(features)

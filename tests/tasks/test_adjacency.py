@@ -1,0 +1,121 @@
+import pytest
+import torch
+from torch import nn
+
+from entangle_fast.tasks import adjacency
+from entangle_fast.tasks import agreement, by_knn, by_label, embed
+
+
+def brute_force(f, r, k):
+    """Scores by the definition: distances in a loop, ties by index."""
+    scores = [0] * len(r)
+    for a in f.tolist():
+        distances = [sum((p - q) ** 2 for p, q in zip(a, b)) for b in r.tolist()]
+        for j in sorted(range(len(r)), key=lambda j: (distances[j], j))[:k]:
+            scores[j] += 1
+    return scores
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 22])
+@pytest.mark.parametrize("f, r, k", [(7, 30, 5), (1, 1, 1), (12, 9, 9), (3, 50, 1)])
+def test_scores_are_those_of_the_definition(monkeypatch, block, f, r, k):
+    monkeypatch.setattr(adjacency, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(f * r)
+    # whole numbers: many exact ties
+    a, b = (torch.randint(-3, 4, (n, 2), generator=generator).float() for n in (f, r))
+    found = by_knn(a, b, k, top=0.2)
+    assert found.scores.tolist() == brute_force(a, b, k)
+    assert found.scores.sum() == f * k
+    best = sorted((j for j in range(r) if found.scores[j] > 0), key=lambda j: (-found.scores[j], j))
+    assert found.indices.tolist() == best[:-(-r // 5)]
+
+
+def test_far_from_the_origin_loses_no_digits():
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(5, 3, generator=generator).double(), torch.randn(40, 3, generator=generator).double()
+    assert torch.equal(by_knn(a, b, 3).scores, by_knn(a + 1e6, b + 1e6, 3).scores)
+
+
+def test_a_sample_in_no_list_is_never_adjacent():
+    found = by_knn(torch.zeros(3, 1), torch.arange(10.0)[:, None], k=2, top=1.0)
+    assert found.indices.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"embed_forget": torch.zeros(0, 2)}, "embed_forget: got shape"),
+    ({"embed_retain": torch.zeros(4, 3)}, "embed_retain: got 3 features, embed_forget has 2"),
+    ({"embed_retain": torch.full((4, 2), torch.nan)}, "embed_retain: got non-finite"),
+    ({"k": 5}, "k: got 5, needs 1 to 4"),
+    ({"k": 0}, "k: got 0"),
+    ({"top": 0.0}, "top: got 0.0"),
+    ({"top": 1.5}, "top: got 1.5"),
+])
+def test_by_knn_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        by_knn(**{"embed_forget": torch.zeros(3, 2), "embed_retain": torch.zeros(4, 2), "k": 2, **fields})
+
+
+def test_by_label():
+    mask = by_label(torch.tensor([0, 1, 2, 3, 1]), (0, 3), torch.tensor([0, 0, 1, 1]))
+    assert mask.tolist() == [False, True, True, False, True]
+
+
+def test_agreement():
+    adjacent = torch.tensor([True, True, True, False, False, False, False, False])
+    assert agreement(torch.tensor([0, 5]), adjacent) == (0.5, 1 / 3, 3 / 8)
+    with pytest.raises(ValueError, match="0 indices"):
+        agreement(torch.tensor([], dtype=torch.int64), adjacent)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3), nn.BatchNorm1d(3))
+    net.train()
+    net[4].eval()
+    return net
+
+
+def hooks(net):
+    return sum(len(m._forward_pre_hooks) for m in net.modules())
+
+
+def test_embed_takes_the_last_linear_layers_input_and_leaves_the_model_as_found(model):
+    x = torch.randn(7, 4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    features = embed(model, x, batch_size=3)
+    torch.testing.assert_close(features, torch.relu(model[0](x)).detach())
+    assert not features.requires_grad
+    torch.testing.assert_close(embed(model, x, layer="4"), model[3](torch.relu(model[0](x))).detach())
+    assert [m.training for m in model.modules()] == modes and hooks(model) == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_embed_cleans_up_after_an_error(model):
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError):
+        embed(model, torch.randn(7, 5))
+    assert [m.training for m in model.modules()] == modes and hooks(model) == 0
+
+
+def test_embed_refuses(model):
+    with pytest.raises(ValueError, match="layer: got 'nope'"):
+        embed(model, torch.randn(2, 4), layer="nope")
+    with pytest.raises(ValueError, match="has no nn.Linear"):
+        embed(nn.ReLU(), torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"shape \(2, 5, 4\).*after pooling"):
+        embed(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match="x: got 0"):
+        embed(model, torch.randn(0, 4))
+
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="does not call 'spare'"):
+        embed(Unused(), torch.randn(2, 4))

@@ -1,0 +1,180 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from entangle_fast import cli
+from entangle_fast.config import ConfigError
+from entangle_fast.report import REPORT, aggregate
+from entangle_fast.storage import CheckpointError, save_json
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = """
+[task]
+forget = ["Sneaker"]
+[model]
+factory = "package.module:build"
+[method]
+name = "entangled"
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A config file, and stand-ins for the methods and for the job: job.run is what runs."""
+
+    @dataclasses.dataclass
+    class Method:
+        alpha: float = 0.5
+
+    monkeypatch.setitem(sys.modules, "entangle_fast.methods", SimpleNamespace(METHODS={"entangled": Method}))
+    calls = []
+
+    def unlearn_from_config(config, resume):
+        calls.append((config, resume))
+        got.work(Path(config.run.out))
+
+    monkeypatch.setitem(sys.modules, "entangle_fast.job", SimpleNamespace(unlearn_from_config=unlearn_from_config))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "job.toml"
+    path.write_text(JOB)
+    got = SimpleNamespace(path=path, calls=calls, work=finish, out=tmp_path / "out")
+    return got
+
+
+def finish(out):
+    row = {"seed": 0, "forget": 1.0, "adjacent": 95.0, "remote": 98.0}
+    save_json(out / REPORT, {"methods": {"entangled": aggregate([row])}})
+
+
+def call(*args):
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+def test_unlearn(job):
+    done = call("unlearn", job.path, "--out", job.out, "--no-progress")
+    assert done.exit_code == 0, done.output
+    ((config, resume),) = job.calls
+    assert not resume and config.run.out == str(job.out) and not config.run.progress and config.method.alpha == 0.5
+    assert "95.0" in done.output and (job.out / "frontier.png").exists()
+    assert call("unlearn", job.path, "--resume").exit_code == 0
+    config, resume = job.calls[1]
+    assert resume and config.run.out == "runs/run" and config.run.progress
+
+
+def test_user_errors_are_one_line(job):
+    job.path.write_text(JOB.replace("name", "nmae"))
+    done = call("unlearn", job.path)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "job.toml" in done.stderr and "method.name: missing" in done.stderr
+    assert not job.calls
+    done = call("unlearn", "none.toml")
+    assert done.exit_code == 2 and "none.toml: no such config file" in done.stderr
+    assert isinstance(call("unlearn", job.path, "--debug").exception, ConfigError)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x: got 1,\n needs 2"), CheckpointError("x: full"), FileNotFoundError(2, "No", "x")]
+)
+def test_errors_of_the_job(job, error):
+    def work(out):
+        raise error
+
+    job.work = work
+    done = call("unlearn", job.path)
+    assert done.exit_code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert call("unlearn", job.path, "--debug").exception is error
+
+
+def test_bugs_keep_their_traceback(job):
+    def work(out):
+        raise KeyError("bug")
+
+    job.work = work
+    assert isinstance(call("unlearn", job.path).exception, KeyError)
+
+
+def test_interrupt_says_what_was_kept(job):
+    def nothing(out):
+        raise KeyboardInterrupt
+
+    def some(out):
+        save_json(out / "checkpoint.json", {})
+        raise KeyboardInterrupt
+
+    job.work = nothing
+    done = call("unlearn", job.path, "--out", job.out)
+    assert done.exit_code == 130 and f"nothing was written to {job.out} yet" in done.stderr
+    job.work = some
+    done = call("unlearn", job.path, "--out", job.out)
+    assert done.exit_code == 130 and f"kept in {job.out}: checkpoint.json" in done.stderr
+    assert f"go on with: entangle-fast unlearn {job.path} --out {job.out} --resume" in done.stderr
+
+
+def test_demo(tmp_path, monkeypatch):
+    calls = []
+
+    def run(**options):
+        calls.append(options)
+        finish(options["out"])
+
+    monkeypatch.setitem(sys.modules, "entangle_fast.demo", SimpleNamespace(run=run))
+    monkeypatch.chdir(tmp_path)
+    assert call("demo").exit_code == 0
+    assert call("demo", "--forget", "Shirt", "--seeds", "1", "--out", "x", "--quick", "--no-progress").exit_code == 0
+    assert calls == [
+        {"forget": "Sneaker", "seeds": 3, "out": Path("runs/demo"), "quick": False, "progress": True},
+        {"forget": "Shirt", "seeds": 1, "out": Path("x"), "quick": True, "progress": False},
+    ]
+    assert call("demo", "--seeds", "0").exit_code == 2
+
+
+def test_report(tmp_path):
+    finish(tmp_path)
+    done = call("report", tmp_path)
+    assert done.exit_code == 0 and "98.0" in done.output and (tmp_path / "frontier.png").exists()
+    done = call("report", tmp_path / "none")
+    assert done.exit_code == 2 and "give the folder of a finished run" in done.stderr
+
+
+def test_help_and_version():
+    assert all(name in call("--help").output for name in ("demo", "unlearn", "report", "doctor"))
+    assert "entangle-fast" in call("--version").output
+
+
+@pytest.mark.parametrize(
+    "arguments, given, again",
+    [
+        (["demo"], None, True),
+        (["unlearn", "x"], None, True),
+        (["doctor"], None, False),
+        (["demo"], "0", False),
+        (["demo"], "1", False),
+    ],
+)
+def test_training_starts_anew_with_huge_pages(monkeypatch, arguments, given, again):
+    monkeypatch.setattr(sys, "argv", ["entangle-fast", *arguments])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "bin/entangle-fast", *arguments])
+    monkeypatch.setenv(cli.THP, "")  # so that whatever main sets is undone
+    monkeypatch.delenv(cli.THP)
+    if given:
+        monkeypatch.setenv(cli.THP, given)
+    starts = []
+    monkeypatch.setattr(os, "execv", lambda *a: starts.append(a))
+    monkeypatch.setattr(cli, "app", lambda: None)
+    cli.main()
+    expected = (sys.executable, [sys.executable, "-X", "dev", "bin/entangle-fast", *arguments])
+    assert starts == ([expected] if again else [])
+    assert os.environ.get(cli.THP) == ("1" if again else given)
+
+
+def test_as_a_module(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != cli.THP}
+    done = subprocess.run([sys.executable, "-m", "entangle_fast", "unlearn", str(tmp_path / "none.toml")], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 2 and "no such config file" in done.stderr

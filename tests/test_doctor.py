@@ -1,0 +1,82 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from entangle_fast import doctor as D
+
+TABLE = {
+    "gram": {"cpp": (True, ""), "cuda": (False, "no CUDA C++ kernel for this operation"), "triton": (False, "no GPU"),
+             "reference": (True, "")},
+    "w2_sorted": {"cpp": (False, "no C++ kernel"), "cuda": (False, "no GPU"), "triton": (False, "no Triton kernel yet"),
+                  "reference": (True, "")},
+}  # fmt: skip
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setitem(sys.modules, "entangle_fast.dispatch", SimpleNamespace(table=lambda: TABLE))
+
+
+def printed(width=100):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    D.doctor(console)
+    return console.export_text()
+
+
+def test_report_is_plain_data(table, tmp_path):
+    found = D.report(tmp_path)
+    json.dumps(found)
+    assert found["ops"]["gram"]["cpp"] == {"available": True, "reason": ""}
+    assert found["gpu_runs"] == {"gram/triton": "not yet run on a GPU", "w2_sorted/cuda": "not yet run on a GPU"}
+    assert found["versions"]["torch"] and found["isa"]
+    assert set(found["extension"]) == {"file", "error"}
+
+
+def test_results_of_a_gpu_count_and_those_of_a_cpu_do_not(table, tmp_path):
+    for device, record in (
+        ("H100", {"op": "gram", "backend": "triton", "correct": True}),
+        ("A100", {"op": "gram", "backend": "triton", "correct": False}),
+        ("cpu-epyc", {"op": "w2_sorted", "backend": "cuda"}),
+    ):
+        (tmp_path / device).mkdir()
+        (tmp_path / device / "x.json").write_text(json.dumps({"benchmarks": [{"extra_info": record}, 3, None]}))
+    (tmp_path / "H100" / "broken.json").write_text("{")
+    (tmp_path / "H100" / "deep.json").write_text("[" * 100_000)
+    runs = D.report(tmp_path)["gpu_runs"]
+    assert runs == {"gram/triton": "WRONG on A100, ran on H100", "w2_sorted/cuda": "not yet run on a GPU"}
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_doctor_prints_the_mends(table, monkeypatch, width):
+    monkeypatch.setattr(D, "_extension", lambda: {"file": None, "error": "undefined symbol"})
+    monkeypatch.delenv(D.THP, raising=False)
+    text = printed(width)
+    words = " ".join(text.split())
+    for part in (
+        "torch",
+        "undefined symbol",
+        "pip install",
+        f"export {D.THP}=1",
+        "operation",
+        "gram",
+        "not yet run on a GPU",
+    ):
+        assert part in words
+    monkeypatch.setenv(D.THP, "1")
+    assert f"{D.THP} is on" in " ".join(printed().split())
+
+
+def test_a_broken_dispatch_is_reported_not_raised(monkeypatch):
+    def broken():
+        raise RuntimeError("no schema")
+
+    monkeypatch.setitem(sys.modules, "entangle_fast.dispatch", SimpleNamespace(table=broken))
+    assert "RuntimeError: no schema" in printed(200)
+
+
+def test_the_real_one():
+    pytest.importorskip("entangle_fast.dispatch")
+    assert "gram" in printed(200)
