@@ -1,0 +1,126 @@
+"""The three sets a method works on, as batches whose order is a pure function of the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from .training import batch_order
+
+NAMES = ("forget", "adjacent", "remote")
+
+
+class SampleSet:
+    """One set of samples: tensors (x, y) held in memory, or a map-style dataset read sample by sample.
+
+    Args:
+        name: for messages.  data: (x, y) tensors, a torch Dataset of (x, y) pairs, or a DataLoader of one.
+        device: where batches are put.  seed: fixes the order of the batches.
+    """
+
+    def __init__(self, name: str, data, device, seed: int):
+        self.name, self.device, self.seed = name, torch.device(device), seed
+        if isinstance(data, DataLoader):
+            data = data.dataset
+        if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+            raise ValueError(f"{name}: got {type(data).__name__}; needs (x, y) tensors or a map-style Dataset with a length")
+        self.tensors, self.dataset = None, None
+        if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+            x, y = data
+            if len(x) != len(y):
+                raise ValueError(f"{name}: {len(x)} samples but {len(y)} labels; needs one label per sample")
+            self.tensors = (x, y)
+        elif isinstance(data, Dataset):
+            self.dataset = data
+        else:
+            raise ValueError(f"{name}: got {type(data).__name__}; needs (x, y) tensors or a map-style Dataset")
+        if len(self) == 0:
+            raise ValueError(f"{name}: got no samples; needs at least one")
+
+    def __len__(self) -> int:
+        return len(self.tensors[0]) if self.tensors else len(self.dataset)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples at ``rows`` (int64), on the device."""
+        if self.tensors:
+            x, y = (t[rows.to(t.device)] for t in self.tensors)
+        else:
+            x, y = default_collate([self.dataset[i] for i in rows.tolist()])
+        return x.to(self.device), y.to(self.device)
+
+    def rows(self, batch: int, size: int) -> Tensor:
+        """Rows of batch number ``batch`` when the set is cycled in batches of ``size``, reshuffled at each pass."""
+        size = min(size, len(self))
+        start, found = batch * size, []
+        while size:
+            epoch, offset = divmod(start, len(self))
+            part = self._order(epoch)[offset : offset + size]
+            found.append(part)
+            start, size = start + len(part), size - len(part)
+        return torch.cat(found)
+
+    def _order(self, epoch: int) -> Tensor:
+        if getattr(self, "_cached", (None,))[0] != epoch:
+            self._cached = (epoch, batch_order(len(self), self.seed + NAMES.index(self.name), epoch))
+        return self._cached[1]
+
+    def chunks(self, size: int = 1024):
+        """All samples in their own order: (rows, x, y)."""
+        for rows in torch.arange(len(self)).split(size):
+            yield rows, *self.take(rows)
+
+
+@dataclass
+class Data:
+    """Disjoint forget, adjacent and remote sets (methods.md §1)."""
+
+    forget: SampleSet
+    adjacent: SampleSet
+    remote: SampleSet
+
+    @classmethod
+    def of(cls, forget, adjacent, remote, device, seed: int, *, allow_overlap: bool = False) -> Data:
+        """Raises ValueError for empty sets, sets that share samples, or that differ in sample shape or label kind."""
+        made = [SampleSet(name, data, device, 1000 * seed) for name, data in zip(NAMES, (forget, adjacent, remote))]
+        if not allow_overlap:
+            _refuse_overlap(made)
+        return cls(*made)
+
+    @property
+    def retain(self) -> tuple[SampleSet, SampleSet]:
+        return self.adjacent, self.remote
+
+
+def _refuse_overlap(sets: list[SampleSet]) -> None:
+    """The same sample, with the same label, in two sets. Datasets read lazily are compared by identity only."""
+    for i, left in enumerate(sets):
+        for right in sets[i + 1 :]:
+            shared = 0
+            if left.tensors and right.tensors:
+                shared = _shared(left.tensors, right.tensors)
+            elif left.dataset is not None and left.dataset is right.dataset:
+                shared = len(left)
+            if shared:
+                raise ValueError(
+                    f"{right.name}: {shared} of its samples are also in {left.name}; the sets must be disjoint: take them "
+                    "out of one (allow_overlap=True if they are meant to be equal)"
+                )
+
+
+def _shared(left, right) -> int:
+    if left[0].shape[1:] != right[0].shape[1:]:
+        raise ValueError(f"forget, adjacent, remote: sample shapes {tuple(left[0].shape[1:])} and {tuple(right[0].shape[1:])} differ")
+
+    def keys(x, y):
+        flat = torch.cat([x.reshape(len(x), -1).double(), y.reshape(len(y), -1).double()], 1).nan_to_num(0.5)
+        mix = torch.rand(flat.shape[1], 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(flat.device)
+        return flat @ mix
+
+    a, b = keys(*left), keys(*right)
+    order = b[:, 0].sort()
+    at = torch.searchsorted(order.values, a[:, 0].contiguous()).clamp(max=len(b) - 1)
+    # the same sum in the same order gives the same bits; two independent sums make a chance match impossible
+    return int((b[order.indices[at]] == a).all(1).sum())

@@ -1,0 +1,125 @@
+"""One unlearning run as numbered steps that can be stopped, saved and continued to the bit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .data import Data, SampleSet
+from .training import in_mode
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """Per-sample cross-entropy (n,) of class logits; the default loss of every method."""
+    return ops.sample_loss(output, y)
+
+
+class NonFinite(FloatingPointError):
+    """A loss or a weight became NaN or infinite; the step was not taken and the model is as it was before it."""
+
+
+class Process(ABC):
+    """A method at work on a model. Subclasses say how many steps there are and what one does.
+
+    Args:
+        config: the method's dataclass.  model: changed in place.  data: the three sets.
+        loss: (output, y) → per-sample losses (n,).  seed: everything random is a function of it.
+    """
+
+    def __init__(self, config, model: nn.Module, data: Data, loss: Loss = sample_cross_entropy, seed: int = 0):
+        self.config, self.model, self.data, self.loss, self.seed = config, model, data, loss, seed
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError("model: no trainable parameter; set requires_grad_(True) on those that shall be changed")
+        if len({p.device for p in self.params}) > 1 or len({p.dtype for p in self.params}) > 1:
+            kinds = sorted({f"{p.dtype} on {p.device}" for p in self.params})
+            raise ValueError(f"model: parameters are {', '.join(kinds)}; need one dtype on one device: model.to(...)")
+        self.done = 0
+
+    # ---- what a method says ----
+
+    @property
+    @abstractmethod
+    def stages(self) -> list[tuple[str, int]]:
+        """(name, steps) in order."""
+
+    @abstractmethod
+    def take_step(self, stage: str, k: int) -> dict:
+        """Step k of a stage; returns what to record, numbers or 0-d tensors."""
+
+    def enter(self, stage: str) -> None:
+        """Called before the first step of a stage."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors beside the model's that the next step depends on."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back what state() gave, ``done`` being set already."""
+
+    def facts(self) -> dict:
+        """What the run as a whole can report at its end."""
+        return {}
+
+    # ---- what all methods share ----
+
+    @property
+    def total(self) -> int:
+        return sum(steps for _, steps in self.stages)
+
+    def where(self) -> tuple[str, int]:
+        """Stage and step within it of the next step."""
+        k = self.done
+        for name, steps in self.stages:
+            if k < steps:
+                return name, k
+            k -= steps
+        return "done", 0
+
+    def step(self) -> dict:
+        stage, k = self.where()
+        if k == 0:
+            self.enter(stage)
+        with in_mode(self.model, self.trains):
+            row = self.take_step(stage, k)
+        self.done += 1
+        return {"stage": stage, "step": self.done, **row}
+
+    trains = False  # in which mode the model runs: the paper freezes BatchNorm statistics
+
+    def losses(self, x: Tensor, y: Tensor, name: str) -> Tensor:
+        """Per-sample losses of a batch, checked; ``name`` is the set they come from."""
+        return self.checked(self.loss(self.model(x), y), len(y), name)
+
+    def checked(self, losses: Tensor, n: int, name: str) -> Tensor:
+        if losses.dim() != 1 or len(losses) != n:
+            raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs (n,), not reduced")
+        self.must_be_finite(losses, name)
+        return losses
+
+    def must_be_finite(self, values: Tensor, name: str) -> None:
+        if not torch.isfinite(values.detach()).all():
+            stage, k = self.where()
+            raise NonFinite(
+                f"{stage}, step {k + 1} of {dict(self.stages).get(stage, 0)}: non-finite loss on the {name} set; the model is "
+                "as it was before this step; lower the learning rate, or look for non-finite inputs"
+            )
+
+    def gradient(self, weighted: Tensor) -> list[Tensor]:
+        """∇ Σ_i w_i ℓ_i: weights known before the backward need no per-sample gradient, just this one."""
+        found = torch.autograd.grad(weighted, self.params, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found)]
+
+    @torch.no_grad()
+    def all_losses(self, samples: SampleSet) -> Tensor:
+        """Losses of a whole set in its own order, (n,)."""
+        with in_mode(self.model, False):
+            parts = [self.losses(x, y, samples.name) for _, x, y in samples.chunks()]
+        return torch.cat(parts)
+

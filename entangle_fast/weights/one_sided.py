@@ -1,0 +1,61 @@
+"""Aggregations that resolve conflicts between objectives one-sidedly, from their Gram alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """PCGrad (Yu et al., NeurIPS 2020): each gradient gives up its component along those it conflicts with.
+
+    gram: (m, m) of the objectives' gradients → weights (m,) float64 of the sum of the projected gradients.
+    generator: draws the order in which the others are visited; None visits them in index order.
+    """
+    k = _gram(gram)
+    m = len(k)
+    total = k.new_zeros(m)
+    for i in range(m):
+        w = torch.zeros_like(total)
+        w[i] = 1
+        order = range(m) if generator is None else torch.randperm(m, generator=generator).tolist()
+        for j in order:
+            if j != i:
+                dot = k[j] @ w  # <g_j, current>
+                w[j] -= torch.where((dot < 0) & (k[j, j] > 0), dot / k[j, j].clamp(min=1e-300), 0)
+        total += w
+    return total
+
+
+def upgrad(gram: Tensor, *, preference: Tensor | None = None, ridge: float = 1e-10, sweeps: int = 1000) -> Tensor:
+    """UPGrad (Quinton & Rey, arXiv 2406.16232): each gradient projected onto the dual cone of all, then averaged.
+
+    For each i the weights solve  min ½ vᵀKv  subject to  v ≥ preference_i e_i.
+
+    Args:
+        gram: (m, m).  preference: (m,) weights of the objectives; default 1/m.
+        ridge: relative to the largest diagonal entry, makes the programme strictly convex.
+        sweeps: upper limit of coordinate-descent sweeps; stops at relative changes below 1e-12.
+
+    Returns: weights (m,) float64; the combined direction conflicts with no objective.
+    """
+    k = _gram(gram)
+    m = len(k)
+    scale = k.diagonal().max().clamp(min=1e-300) if m else 1.0
+    k = k / scale + ridge * torch.eye(m, dtype=k.dtype, device=k.device)
+    preference = torch.full((m,), 1 / max(1, m), dtype=k.dtype, device=k.device) if preference is None else preference.double()
+    floor = torch.diag(preference)
+    v = floor.clone()  # column i: the programme of objective i
+    for _ in range(sweeps):
+        before = v.clone()
+        for j in range(m):  # exact minimisation in one coordinate, for all programmes at once
+            v[j] = torch.maximum(floor[j], v[j] - (k[j] @ v) / k[j, j])
+        if torch.linalg.vector_norm(v - before) <= 1e-12 * torch.linalg.vector_norm(v):
+            break
+    return v.sum(1)
+
+
+def _gram(gram: Tensor) -> Tensor:
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram: shape {tuple(gram.shape)}; needs (m, m), one row per objective")
+    return gram.double()

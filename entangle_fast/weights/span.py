@@ -1,0 +1,104 @@
+"""Weights that remove, keep or damp the span of some gradients: small solves with a Gram, in float64, on its device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _square(k: Tensor, name: str) -> Tensor:
+    if k.dim() != 2 or k.shape[0] != k.shape[1]:
+        raise ValueError(f"{name}: shape {tuple(k.shape)}; needs a square Gram (k, k)")
+    return k.double()
+
+
+def solve(gram: Tensor, rhs: Tensor, *, ridge: float = 0.0, rcond: float | None = None) -> Tensor:
+    """c with (K + ridge·I) c = rhs, float64; a rank-deficient K without a ridge gets the least-norm solution.
+
+    Args:
+        gram: (k, k) positive semi-definite.  rhs: (k,) or (k, m).
+        ridge: added to the diagonal, in the Gram's own units.
+        rcond: without a ridge, eigenvalues below rcond·largest count as zero; default k·eps of the Gram's dtype.
+
+    Raises: ValueError for shapes; never returns NaN for finite input: a zero Gram gives zeros.
+    """
+    k = _square(gram, "gram")
+    if rhs.shape[:1] != k.shape[:1]:
+        raise ValueError(f"rhs: shape {tuple(rhs.shape)}; needs {k.shape[0]} rows")
+    if ridge < 0:
+        raise ValueError(f"ridge: got {ridge}; needs a number >= 0")
+    rhs = rhs.double()
+    if rcond is None:
+        rcond = max(1, len(k)) * torch.finfo(gram.dtype).eps
+    if ridge:
+        rcond = 0.0
+    values, vectors = _eigh(k)
+    top = values[-1:].clamp(min=0)
+    inverse = torch.where(values > rcond * top, 1 / (values + ridge), 0) if not ridge else 1 / (values.clamp(min=0) + ridge)
+    inverse = torch.where(torch.isfinite(inverse), inverse, 0)
+    shape = inverse if rhs.dim() == 1 else inverse.unsqueeze(1)
+    return vectors @ (shape * (vectors.mT @ rhs))
+
+
+def _eigh(k: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; in closed form up to 2×2, where a solver would make the host wait."""
+    if len(k) == 0:
+        return k.new_zeros(0), k
+    if len(k) == 1:
+        return k[0], torch.ones_like(k)
+    if len(k) > 2:
+        return torch.linalg.eigh(k)
+    a, b, c = k[0, 0], (k[0, 1] + k[1, 0]) / 2, k[1, 1]
+    angle = torch.atan2(2 * b, a - c) / 2
+    cos, sin = angle.cos(), angle.sin()
+    high = a * cos * cos + 2 * b * cos * sin + c * sin * sin
+    low = a * sin * sin - 2 * b * cos * sin + c * cos * cos
+    return torch.stack([low, high]), torch.stack([torch.stack([-sin, cos]), torch.stack([cos, sin])], 1)
+
+
+def _moments(cross: Tensor, u: Tensor | None) -> Tensor:
+    """<g_r, v> for v = Σ_i u_i g_i."""
+    if u is None:
+        return cross
+    if cross.dim() != 2 or cross.shape[1:] != u.shape[:1]:
+        raise ValueError(f"u: shape {tuple(u.shape)}; needs one weight for each column of the cross-Gram {tuple(cross.shape)}")
+    return cross.double() @ u.double()
+
+
+def project_onto(
+    gram: Tensor, cross: Tensor, u: Tensor | None = None, *, ridge: float = 0.0, rcond: float | None = None
+) -> Tensor:
+    """Weights c on the k spanning gradients such that Σ_r c_r g_r = P_V v, the projection of v onto their span.
+
+    Args:
+        gram: (k, k) Gram of the spanning gradients: two means (the paper's stage 2) or k samples (OrthoGrad).
+        cross: (k, n) cross-Gram with the samples of v = Σ_i u_i g_i; or with u=None the (k,) inner products <g_r, v>.
+        u: (n,).  ridge, rcond: as in solve.
+
+    Returns: (k,) float64.
+    """
+    return solve(gram, _moments(cross, u), ridge=ridge, rcond=rcond)
+
+
+def project_away(
+    gram: Tensor, cross: Tensor, u: Tensor | None = None, *, ridge: float = 0.0, rcond: float | None = None
+) -> Tensor:
+    """Weights on the k spanning gradients that, added to v, remove its part in their span: v − P_V v.
+
+    The negative of project_onto; same arguments.
+    """
+    return -project_onto(gram, cross, u, ridge=ridge, rcond=rcond)
+
+
+def damped(gram: Tensor, cross: Tensor, u: Tensor | None = None, *, damping: float) -> tuple[float, Tensor]:
+    """The damped Newton direction (λI + GᵀG/n)⁻¹ v by Woodbury (WIN-U, arXiv 2604.13438; methods.md §4).
+
+    = v/λ − Gᵀ (nλI + GGᵀ)⁻¹ G v / λ, with G the n spanning gradients.
+
+    Args: gram (n, n), cross and u as in project_onto, damping λ > 0.
+    Returns: the weight of v, and the weights (n,) of the spanning gradients.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping: got {damping}; needs a number > 0")
+    n = len(_square(gram, "gram"))
+    return 1 / damping, -solve(gram, _moments(cross, u), ridge=n * damping) / damping
