@@ -6,6 +6,7 @@ TORCH_CUDA_ARCH_LIST chooses their targets. The presence of a GPU is never asked
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11, the oldest that the library must load beside
-CXXFLAGS = "-O3 -std=c++20 -fPIC -fopenmp-simd -ffp-contract=fast -fno-math-errno -fvisibility=hidden -Wall"
+CXXFLAGS = "-O3 -std=c++20 -fPIC -fopenmp-simd -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall"
+# isa/*.cpp is compiled once for each of these and chosen at run time (cpu/isa.cpp)
+ISAS = {
+    "plain": "",
+    "avx2": "-march=x86-64-v3",
+    "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
+    "avx512bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
+}
 SANITIZE = "-fsanitize=address,undefined -fno-omit-frame-pointer -g"
 
 
@@ -32,22 +40,28 @@ def ninja_file(output: Path, work: Path, torch_dir: Path) -> str:
     defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -DPy_LIMITED_API=0x030a0000"
     flags = CXXFLAGS
     if os.environ.get("ENTANGLE_FAST_SANITIZE"):
-        flags += f" {SANITIZE} -DEF_NO_CLONES"  # ifunc resolvers run before the sanitizer is ready
+        flags += f" {SANITIZE}"
     sources = [CSRC / "library.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
-    objects = [work / f"{source.stem}.o" for source in sources]
+    builds = {work / f"{source.stem}.o": (source, "") for source in sources}
+    for source in sorted((CSRC / "cpu" / "isa").glob("*.cpp")):
+        for isa, march in ISAS.items() if platform.machine() in ("x86_64", "AMD64") else [("plain", "")]:
+            # -Wno-…: GCC 12 calls its own _mm512_undefined_epi32 uninitialized
+            more = f"{march} -DEF_ISA={isa} -Wno-uninitialized -Wno-maybe-uninitialized"
+            builds[work / f"{source.stem}.{isa}.o"] = (source, more)
     link = f"-shared -L{torch_dir}/lib -ltorch -ltorch_cpu -lc10 -Wl,-rpath,$ORIGIN/../torch/lib"
     if os.environ.get("ENTANGLE_FAST_SANITIZE"):
         link += f" {SANITIZE}"
     lines = [
         "rule cxx",
-        f"  command = {cxx} -MMD -MF $out.d {flags} {defines} {includes} -c $in -o $out",
+        f"  command = {cxx} -MMD -MF $out.d {flags} {defines} {includes} $more -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {cxx} $in -o $out {link.replace('$ORIGIN', '$$ORIGIN')}",
     ]
-    lines += [f"build {obj}: cxx {source}" for source, obj in zip(sources, objects)]
-    lines += [f"build {output}: link {' '.join(map(str, objects))}", f"default {output}", ""]
+    for obj, (source, more) in builds.items():
+        lines += [f"build {obj}: cxx {source}", f"  more = {more}"]
+    lines += [f"build {output}: link {' '.join(map(str, builds))}", f"default {output}", ""]
     return "\n".join(lines)
 
 

@@ -13,6 +13,14 @@ STABLE_TORCH_LIBRARY(entangle_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("gram", TORCH_BOX(&ef::cpu::gram));
+  m.impl("gram_conv", TORCH_BOX(&ef::cpu::gram_conv));
+  m.impl("gram_embedding", TORCH_BOX(&ef::cpu::gram_embedding));
+  m.impl("sqnorm", TORCH_BOX(&ef::cpu::sqnorm));
+  m.impl("sqnorm_conv", TORCH_BOX(&ef::cpu::sqnorm_conv));
+  m.impl("step_gram", TORCH_BOX(&ef::cpu::step_gram));
+  m.impl("step_update", TORCH_BOX(&ef::cpu::step_update));
+  m.impl("step_lookahead", TORCH_BOX(&ef::cpu::step_lookahead));
+  m.impl("step_lookahead_undo", TORCH_BOX(&ef::cpu::step_lookahead_undo));
   m.impl("sample_loss", TORCH_BOX(&ef::cpu::sample_loss));
   m.impl("sample_loss_backward", TORCH_BOX(&ef::cpu::sample_loss_backward));
 }

@@ -33,6 +33,14 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 # what the C++ kernels take on the CPU; an op that is not here has no C++ kernel
 CPP: dict[str, tuple[torch.dtype, ...]] = {
     "gram": _FLOATS,
+    "gram_conv": _FLOATS,
+    "gram_embedding": _FLOATS,
+    "sqnorm": _FLOATS,
+    "sqnorm_conv": _FLOATS,
+    "step_gram": _FLOATS,
+    "step_update": _FLOATS,
+    "step_lookahead": _FLOATS,
+    "step_lookahead_undo": _FLOATS,
     "sample_loss": _FLOATS,
     "sample_loss_backward": _FLOATS,
 }
@@ -115,9 +123,8 @@ def _refuse_triton(op: str, args) -> str | None:
         return f"{error.name} is not there"
     if not hasattr(module, op):
         return "no Triton kernel for this operation"
-    tensors = _tensors(args)
-    if any(x.device.type != "cuda" for x in tensors):
-        return f"its kernels run on a GPU, a tensor is on {next(x.device for x in tensors if x.device.type != 'cuda')}"
+    if away := [x for x in _tensors(args) if x.device.type != "cuda"]:  # HIP devices are called "cuda" too
+        return f"its kernels run on a GPU, a tensor is on {away[0].device}"
     return module.refuse(op, *args)
 
 
@@ -201,7 +208,12 @@ def table() -> dict[str, dict[str, tuple[bool, str]]]:
 
 def _serve_gpu(op: str):
     def run(*args):
+        devices = sorted({str(x.device) for x in _tensors(args)})
+        if len(devices) > 1:
+            raise ValueError(f"{op}: tensors on {', '.join(devices)}; all must be on one device: move them with .to(...)")
         found = _choose(op, args)
+        if found.backend is None:
+            raise BackendError(f"{ENV}={os.environ.get(ENV)}: nothing can serve this call\n{found}")
         if found.backend == "triton":
             module = importlib.import_module(f"{__package__}.kernels.{_kernel_module(op)}")
             return getattr(module, op)(*args)

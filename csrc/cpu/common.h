@@ -1,8 +1,10 @@
-// What the CPU kernels share: torch's own GEMM through the dispatcher, and the per-ISA clones of inner loops.
+// What the CPU kernels share: torch's own GEMM through the dispatcher, dtypes and shapes.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+
+#include "isa.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -11,13 +13,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-
-// one .so for every x86-64: the loader picks the clone for the chip it runs on
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(EF_NO_CLONES)
-#define EF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EF_CLONES
-#endif
 
 namespace ef::cpu {
 
@@ -31,10 +26,26 @@ inline Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t
 // low precision is accumulated, and returned, in float32
 inline ScalarType accumulate_type(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
+// what a kernel reads: bfloat16 as it is where the chip multiplies it, float otherwise
+inline ScalarType compute_type(ScalarType t) {
+  return t == ScalarType::BFloat16 && contract().bf16.width ? t : accumulate_type(t);
+}
+
+template <class F> void by_type(ScalarType t, F&& f) {
+  if (t == ScalarType::Double) f(double{});
+  else if (t == ScalarType::BFloat16) f(uint16_t{});
+  else f(float{});
+}
+
+template <class T> T* data(const Tensor& x) { return (T*)x.data_ptr(); }
+
 inline Tensor dense(const Tensor& x, ScalarType dtype) {
   Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
   return torch::stable::contiguous(y);
 }
+
+// bfloat16 is multiplied in pairs: an odd width gets a zero column
+inline Tensor whole_pairs(const Tensor& x) { return x.size(x.dim() - 1) % 2 ? torch::stable::pad(x, {0, 1}) : x; }
 
 // out = beta * out + x @ y
 inline void addmm_(Tensor& out, const Tensor& x, const Tensor& y, double beta) {

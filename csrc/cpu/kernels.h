@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,6 +13,25 @@ namespace ef::cpu {
 using torch::stable::Tensor;
 
 Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::optional<Tensor> b2, std::string route);
+
+Tensor gram_conv(const Tensor& x, const Tensor& g, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                 std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::optional<Tensor> x2,
+                 std::optional<Tensor> g2, std::string route);
+
+Tensor gram_embedding(const Tensor& ids, const Tensor& b, std::optional<Tensor> ids2, std::optional<Tensor> b2,
+                      int64_t padding_idx);
+
+Tensor sqnorm(const Tensor& a, const Tensor& b);
+Tensor sqnorm_conv(const Tensor& x, const Tensor& g, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups);
+
+Tensor step_gram(std::vector<Tensor> tensors, int64_t k);
+void step_update(std::vector<Tensor> params, std::vector<Tensor> momentum, std::vector<Tensor> grads,
+                 std::vector<Tensor> directions, const Tensor& coef, double lr, double beta, double weight_decay, double noise,
+                 int64_t seed, int64_t offset);
+std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha);
+void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> ulps, const Tensor& index,
+                         const Tensor& value, double alpha);
 
 std::tuple<Tensor, Tensor, Tensor> sample_loss(
     const Tensor& logits, const Tensor& target, double clip, double penalty, int64_t ignore_index,

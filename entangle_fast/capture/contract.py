@@ -67,6 +67,7 @@ def _aligned(left: list[Use], right: list[Use]) -> bool:
     return len(left) == len(right) and all(
         a.region == b.region and a.value.stride() == b.value.stride() and a.value.shape == b.value.shape
         and (a.identity == b.identity) and type(f) is type(g)
+        and getattr(f, "kernel_size", None) == getattr(g, "kernel_size", None)
         for (a, f), (b, g) in zip(left, right)
     )  # fmt: skip
 

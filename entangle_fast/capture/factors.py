@@ -87,6 +87,7 @@ class ConvFactor:
         return ops.sqnorm_conv(self.x, self.g, self.kernel_size, **self._shape())
 
     def project(self, basis: Tensor) -> Tensor:
+        basis = basis.reshape(len(basis), self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel_size)
         return ops.project_conv(self.x, self.g, basis.to(self.x.dtype), **self._shape())
 
     def combine(self, w: Tensor) -> Tensor:

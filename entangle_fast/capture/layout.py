@@ -1,4 +1,4 @@
-"""Where the samples are in an activation, and how to bring them to the front."""
+"""How to bring the samples of an activation to the front, and per-sample values into its shape."""
 
 from __future__ import annotations
 
@@ -6,65 +6,36 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .errors import CaptureError
-
 
 @dataclass(frozen=True)
 class Layout:
-    """axis: the dimension that counts samples.  flat: positions are folded into dimension 0 with the samples,
-    sample-major (axis 0) or position-major (axis 1)."""
+    """n samples in dimension ``axis``, which counts outer · n · inner entries (see place.Place)."""
 
     n: int
     axis: int = 0
-    flat: bool = False
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def flat(self) -> bool:
+        """Positions are folded into the samples' dimension."""
+        return self.outer * self.inner != 1
+
+    def leading(self, x: Tensor) -> Tensor:
+        """Samples first, the other dimensions in order; folded positions become dimension 1."""
+        x = x.movedim(self.axis, 0) if self.axis else x
+        if not self.flat:
+            return x
+        x = x.reshape(self.outer, self.n, self.inner, *x.shape[1:])
+        return (x[0] if self.outer == 1 else x.transpose(0, 1).flatten(1, 2)) if self.n else x.flatten(0, 2)
 
     def positions(self, x: Tensor) -> Tensor:
         """(…, d) with the samples anywhere → (n, t, d)."""
-        return self.leading(x).reshape(self.n, -1, x.shape[-1])
-
-    def leading(self, x: Tensor) -> Tensor:
-        """Samples first, the other dimensions in order."""
-        if self.flat:
-            t = x.shape[0] // self.n
-            if self.axis == 0:
-                return x.reshape(self.n, t, *x.shape[1:])
-            return x.reshape(t, self.n, *x.shape[1:]).transpose(0, 1)
-        return x.transpose(0, 1) if self.axis else x
+        x = self.leading(x)
+        return x.unsqueeze(1) if x.dim() == 2 else x if x.dim() == 3 else x.flatten(1, -2)
 
     def spread(self, rows: Tensor, shape) -> Tensor:
-        """Per-sample values (n, *aligned), aligned to the right of ``shape``, as a tensor broadcastable to ``shape``."""
-        inner = len(shape) - 1 if not self.flat else len(shape)
-        rows = rows.reshape(self.n, *(1,) * (inner - (rows.dim() - 1)), *rows.shape[1:])
-        if not self.flat:
-            return rows.transpose(0, 1) if self.axis else rows
-        t = shape[0] // self.n
-        rows = rows.expand(self.n, t, *rows.shape[2:])
-        return (rows if self.axis == 0 else rows.transpose(0, 1)).reshape(shape[0], *rows.shape[2:])
-
-
-def find(shape, n: int, batch_dim: int | None, seq_first: bool, where: str) -> Layout:
-    """The layout of an activation of this shape in a batch of n.
-
-    batch_dim: told by the user or by the operation, or None: guessed from the sizes, an ambiguity being an error.
-    seq_first: the model holds modules that put positions first, so equal sizes are ambiguous.
-    """
-    if batch_dim == 1:
-        if len(shape) >= 2 and shape[1] == n and (len(shape) > 2 or shape[0] % n):
-            return Layout(n, 1)
-        if shape[0] % n == 0:
-            return Layout(n, 1, flat=True)
-    elif len(shape) and shape[0] == n:
-        if batch_dim is None and seq_first and n > 1 and len(shape) >= 3 and shape[1] == n:
-            raise CaptureError(
-                f"{where}: an activation of shape {tuple(shape)} has {n} samples in dimension 0 or in dimension 1, and "
-                "the model holds modules with batch_first=False; say which: ef.capture(model, batch_dim=1) or =0"
-            )
-        return Layout(n)
-    elif batch_dim is None and len(shape) >= 3 and shape[1] == n:
-        return Layout(n, 1)
-    elif len(shape) and n and shape[0] % n == 0:
-        return Layout(n, 0, flat=True)
-    raise CaptureError(
-        f"{where}: an activation of shape {tuple(shape)} has no dimension for the batch of {n} samples; if the batch is "
-        "not in dimension 0, say so: ef.capture(model, batch_dim=1); if it is guessed wrong: batch_size=…"
-    )
+        """Per-sample values (n, *others), others being ``shape`` without ``axis`` or broadcastable to it → like ``shape``."""
+        if self.flat:
+            rows = rows[None, :, None].expand(self.outer, self.n, self.inner, *rows.shape[1:]).flatten(0, 2)
+        return rows.movedim(0, self.axis) if self.axis else rows

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_norm
 from .errors import CaptureError
-from .sources import function_name, tensors_in
+from .sources import changes_in_place, function_name, tensors_in
 
 RULES = {
     **rules_linear.RULES,
@@ -33,16 +34,34 @@ class CaptureMode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tape = self.tape
+        if tape.idle or func is torch.autograd.grad:
+            return func(*args, **kwargs)
         if func in _BATCH_NORMS:
             rules_norm.refuse_batch_statistics(*args, **kwargs)
         inputs = tensors_in(args, kwargs)
         watched = [x for x in inputs if x in tape.sources]
         if not watched or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            tape.follow(inputs, out)
+        else:
+            out = self._with_parameters(func, args, kwargs, inputs, watched)
+        tape.places.follow(func, args, kwargs, inputs, out)
+        return out
+
+    def _with_parameters(self, func, args, kwargs, inputs, watched):
+        tape = self.tape
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            tape.recomputes = True
+        batch_free = not any(tape.carries_samples(x) for x in inputs)
+        if changes_in_place(func) and isinstance(args[0], Tensor) and args[0] in tape.sources:
+            if not batch_free:
+                raise CaptureError(
+                    f"{tape.describe(args[0])}: torch's {function_name(func)}(…) writes the batch into a tensor that was "
+                    "computed from parameters alone; use the out-of-place form"
+                )
+            out = func(*args, **kwargs)
+            tape.sources.changed(args[0], inputs)
             return out
         rule = RULES.get(func)
-        batch_free = not any(tape.carries_samples(x) for x in inputs)
         if rule is not None and not (batch_free and func not in _MEETS_BATCH):
             out = rule(tape, func, args, kwargs)
             if out is not NotImplemented:

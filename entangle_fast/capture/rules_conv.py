@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
-from .factors import ConvFactor, DenseFactor, LinearFactor
+from .factors import ConvFactor, DenseFactor
 
 
 class _Conv(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _Conv(torch.autograd.Function):
             ctx.weight_use.record(_factor(ctx, x, g))
         if ctx.bias_use:
             per_image = g.flatten(2).sum(2)
-            ctx.bias_use.record(DenseFactor(ctx.layout.positions(per_image).sum(1)))
+            ctx.bias_use.record(DenseFactor(ctx.layout.positions(per_image).sum(1) if ctx.layout.flat else per_image))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.aten.convolution_backward(
@@ -42,19 +42,10 @@ class _Conv(torch.autograd.Function):
 def _factor(ctx, x, g):
     if not ctx.layout.flat:
         return ConvFactor(x, g, ctx.kernel_size, *ctx.shape, ctx.groups)
-    # several images per sample (frames folded into the batch): their positions side by side
-    from ..reference.per_sample import windows
-
-    if ctx.groups != 1:
-        raise CaptureError(
-            "grouped convolution: several images per sample are not covered with groups > 1; give the batch one image a "
-            "sample, or freeze the layer"
-        )
-    cols = windows(x, ctx.kernel_size, *ctx.shape)
-    keep = [slice(None)] * (2 + len(ctx.kernel_size)) + [slice(0, s) for s in g.shape[2:]]
-    cols = cols[tuple(keep)].flatten(1, 1 + len(ctx.kernel_size)).flatten(2).mT  # (images, T, C·k)
-    per_sample = [ctx.layout.leading(z).flatten(1, 2) for z in (cols, g.flatten(2).mT)]
-    return LinearFactor(*per_sample)
+    # several images per sample (frames folded into the batch): one more spatial size, with a kernel of 1
+    x, g = (ctx.layout.leading(z).transpose(1, 2) for z in (x, g))
+    stride, padding, dilation = ((first, *rest) for first, rest in zip((1, 0, 1), ctx.shape))
+    return ConvFactor(x, g, (1, *ctx.kernel_size), stride, padding, dilation, ctx.groups)
 
 
 def _conv(tape, func, args, kwargs):
@@ -63,15 +54,20 @@ def _conv(tape, func, args, kwargs):
 
     x, weight, bias, stride, padding, dilation, groups = bind(*args, **kwargs)
     nd = weight.dim() - 2
-    tape.refuse_samples(weight, "the weight of a convolution")
+    tape.refuse_samples("convolution", weight, bias)
     if x.dim() != nd + 2:
         raise CaptureError(f"convolution: input of shape {tuple(x.shape)} has no batch dimension; needs (n, C, *size)")
+    layout = tape.layout(x, "convolution")
+    if layout.axis or (layout.flat and nd == 3):
+        raise CaptureError(
+            f"convolution: input of shape {tuple(x.shape)} has {'several images' if layout.flat else 'channels'} where the samples "
+            "should be; give it one image per sample in dimension 0, or freeze the layer"
+        )
     stride, dilation = _spread(stride, nd), _spread(dilation, nd)
     if isinstance(padding, str):
         x, padding = _named_padding(x, padding, weight.shape[2:], dilation)
     dtype = tape.autocast_dtype(x)
     x = x.to(dtype)
-    layout = tape.layout(x, "convolution", batch_first=True)
     w, weight_use = tape.use(weight, dtype)
     b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
     shape = (stride, _spread(padding, nd), dilation)

@@ -5,6 +5,9 @@ The parameter is given a row for each sample; the gradient of that copy is the p
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import DenseFactor
+from .layout import Layout
+from .place import Place
 from .sources import function_name
 
 
@@ -36,35 +41,45 @@ def per_sample_copy(tape, p: Tensor) -> Tensor:
     return _PerSample.apply(tape.anchor, cut, tape.n, use)
 
 
-def _aligned(tape, p: Tensor, shape: torch.Size, where: str) -> Tensor:
+def aligned(tape, p: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
     """A watched tensor, one copy a sample, broadcastable to an activation of this shape."""
-    layout = tape.layout_of(shape, where)
-    missing = len(shape) - p.dim()
-    if missing == 0:  # it has the batch's own dimension: that must be 1
-        if p.shape[0 if layout.flat else layout.axis] != 1:
-            raise CaptureError(
-                f"{tape.describe(p)}: shape {tuple(p.shape)} meets an activation {tuple(shape)} position by position along "
-                "the batch; a parameter that indexes the samples has no per-sample gradient"
-            )
-        rows = per_sample_copy(tape, p)
-        inner = rows.squeeze(1 + (0 if layout.flat else layout.axis))
-    else:
-        inner = per_sample_copy(tape, p)
-    if layout.axis == 1 and not layout.flat and inner.dim() - 1 > len(shape) - 2:
-        # positions stand before the samples: (n, t, …) as (t, n, …)
-        return inner.transpose(0, 1)
-    return layout.spread(inner, shape)
+    if tape.n == 1:  # every use is the one sample's
+        return per_sample_copy(tape, p)[0]
+    full = (1,) * (len(shape) - p.dim()) + tuple(p.shape)
+    if full[layout.axis] != 1:
+        raise CaptureError(
+            f"{tape.describe(p)}: shape {tuple(p.shape)} meets an activation {tuple(shape)} position by position along "
+            "the batch; a parameter that indexes the samples has no per-sample gradient"
+        )
+    others = [s for d, s in enumerate(full) if d != layout.axis]
+    return layout.spread(per_sample_copy(tape, p).reshape(tape.n, *others), shape)
 
 
 def elementwise(tape, func, args, kwargs):
     """Any broadcasting function of activations and watched tensors."""
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))
+    batch = next(x for x in inputs if tape.carries_samples(x))
+    layout = tape.layout(batch, function_name(func))
+    layout = replace(layout, axis=layout.axis + len(shape) - batch.dim())
+    dtype = None  # a scalar parameter must not widen the result
+    if any(x.dim() == 0 and x in tape.sources for x in inputs):
+        dtype = functools.reduce(torch.promote_types, [x.dtype for x in inputs if x.dim() and x.is_floating_point()] or [None])
 
     def swap(x):
-        return _aligned(tape, x, shape, function_name(func)) if isinstance(x, Tensor) and x in tape.sources else x
+        if not isinstance(x, Tensor) or x not in tape.sources:
+            return x
+        rows = aligned(tape, x, layout, shape)
+        return rows if x.dim() or dtype is None else rows.to(dtype)
 
     return func(*(swap(x) for x in args), **{k: swap(x) for k, x in kwargs.items()})
+
+
+def like(tape, x: Tensor, y: Tensor) -> Tensor:
+    """y, made from x inside a rule, has its samples where x has them."""
+    if (place := tape.places.of(x)) is not None:
+        tape.places.put(y, place)
+    return y
 
 
 def add_parameter(tape, x: Tensor, p: Tensor) -> Tensor:
@@ -82,7 +97,7 @@ def _prelu(tape, func, args, kwargs):
     x, weight = bind(*args, **kwargs)
     slope = weight.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 2 and weight.numel() > 1 else weight
     tape.sources.derive(Tensor.view, [weight], slope)
-    return F.relu(x) - multiply_parameter(tape, F.relu(-x), slope)
+    return F.relu(x) - multiply_parameter(tape, like(tape, x, F.relu(-x)), slope)
 
 
 _GROWING = {"expand", "expand_as", "repeat", "broadcast_to", "tile", "repeat_interleave"}
@@ -91,26 +106,24 @@ _GROWING = {"expand", "expand_as", "repeat", "broadcast_to", "tile", "repeat_int
 def repeat_over_batch(tape, func, args, kwargs):
     """A class token or query expanded to the batch by the model itself: from here on it has a row for each sample."""
     p = args[0] if args else None
-    if function_name(func) not in _GROWING or tape.n is None or not isinstance(p, Tensor) or p not in tape.sources:
+    name = function_name(func)
+    if name not in _GROWING or tape.n is None or not isinstance(p, Tensor) or p not in tape.sources:
         return NotImplemented
     out = func(*args, **kwargs)
     axis = tape.batch_dim or 0
     axis = axis if axis < out.dim() else 0
-    if out.dim() == 0 or out.shape[axis] != tape.n or tape.n == 1:
+    if out.dim() == 0 or out.shape[axis] != tape.n:
         return NotImplemented
-    lead = out.dim() - p.dim()  # new dimensions in front
-    if lead == 0 and p.shape[axis] != 1 or lead > 0 and axis >= lead:
+    full = (1,) * (out.dim() - p.dim()) + tuple(p.shape)
+    if full[axis] != 1:
         return NotImplemented
-    rows = per_sample_copy(tape, p)  # (n, *p.shape)
-    if lead == 0:
-        rows = rows.squeeze(1 + axis)
-        shape = [s for d, s in enumerate(out.shape) if d != axis]
-    else:
-        shape = [s for d, s in enumerate(out.shape) if d != axis]
-    if function_name(func) in ("repeat", "tile", "repeat_interleave") and list(rows.shape[1:]) != shape[-(rows.dim() - 1) :]:
+    others = [s for d, s in enumerate(full) if d != axis]
+    shape = [s for d, s in enumerate(out.shape) if d != axis]
+    if name in ("repeat", "tile", "repeat_interleave") and others != shape:
         return NotImplemented  # repeated along other dimensions too
-    rows = rows.reshape(tape.n, *(1,) * (len(shape) - rows.dim() + 1), *rows.shape[1:]).expand(tape.n, *shape)
-    return rows.movedim(0, axis)
+    rows = per_sample_copy(tape, p).reshape(tape.n, *others).expand(tape.n, *shape).movedim(0, axis)
+    tape.places.put(rows, Place(axis))
+    return rows
 
 
 def through_vmap(tape, func, args, kwargs):
@@ -141,6 +154,19 @@ def through_vmap(tape, func, args, kwargs):
     return torch.utils._pytree.tree_map(lambda y: y.squeeze(axis + 1) if isinstance(y, Tensor) else y, out)
 
 
+def _borrowed(tape, func, args, kwargs):
+    """The second tensor lends its shape or dtype, not its values."""
+    if args[0] in tape.sources:
+        return NotImplemented
+    return func(args[0], *(x.detach() if isinstance(x, Tensor) else x for x in args[1:]), **kwargs)
+
+
+def _compared(tape, func, args, kwargs):
+    """No gradient: the values will do."""
+    bare = [tape.sources[x].cut if isinstance(x, Tensor) and x in tape.sources else x for x in args]
+    return func(*bare, **kwargs)
+
+
 _NAMES = (
     "add", "sub", "mul", "div", "true_divide", "multiply", "subtract", "divide", "rsub", "pow", "maximum", "minimum",
     "addcmul", "addcdiv", "lerp", "where", "atan2", "fmod", "remainder", "hypot",
@@ -150,4 +176,7 @@ _DUNDERS = ("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul",
 ELEMENTWISE = {getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
 ELEMENTWISE |= {getattr(Tensor, name + end) for name in _NAMES for end in ("", "_") if hasattr(Tensor, name + end)}
 ELEMENTWISE |= {getattr(Tensor, f"__{name}__") for name in _DUNDERS if hasattr(Tensor, f"__{name}__")}
-RULES = {**{f: elementwise for f in ELEMENTWISE}, torch.prelu: _prelu, F.prelu: _prelu}
+_COMPARE = {getattr(Tensor, name) for op in ("eq", "ne", "lt", "le", "gt", "ge") for name in (op, f"__{op}__")}
+_COMPARE |= {getattr(torch, op) for op in ("eq", "ne", "lt", "le", "gt", "ge")}
+_BORROW = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
+RULES = {**dict.fromkeys(_COMPARE, _compared), **dict.fromkeys(_BORROW, _borrowed), **{f: elementwise for f in ELEMENTWISE}, torch.prelu: _prelu, F.prelu: _prelu}

@@ -22,16 +22,13 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         (ids,) = ctx.saved_tensors
-        ids = ctx.layout.leading(ids).reshape(ctx.layout.n, -1)
+        ids = ctx.layout.positions(ids.unsqueeze(-1)).squeeze(-1)
         ctx.use.record(EmbeddingFactor(ids, ctx.layout.positions(g), ctx.num, ctx.padding_idx))
         return (None,) * 6
 
 
 def lookup(tape, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     """weight (num, d) watched, ids integers of any shape."""
-    if ids.dim() and ids.shape[0] == 1 and tape.n is not None and tape.n > 1 and not tape.seq_first_input(ids):
-        # positions looked up once for the whole batch: autograd would add the samples up before anything sees them
-        ids = ids.expand(tape.n, *ids.shape[1:])
     layout = tape.layout(ids, "embedding")
     w, use = tape.use(weight, weight.dtype)
     return _Lookup.apply(tape.anchor, w, ids, layout, padding_idx, use)
@@ -49,7 +46,7 @@ def _embedding(tape, func, args, kwargs):
         )
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    if not tape.carries_samples(ids) and not (ids.dim() == 2 and ids.shape[0] == 1):
+    if not tape.carries_samples(ids):
         return _shared_rows(tape, func, args, kwargs, weight, ids, padding_idx)
     return lookup(tape, weight, ids, padding_idx)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .errors import CaptureError
 from .factors import DenseFactor, LinearFactor
-from .rules_elementwise import add_parameter
+from .layout import Layout
+from .place import Place
+from .rules_elementwise import add_parameter, like
 
 
 class _Linear(torch.autograd.Function):
@@ -33,15 +38,19 @@ class _Linear(torch.autograd.Function):
         return (dx,) + (None,) * 6
 
 
-def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout | None = None) -> Tensor:
     """x (…, d_in) with samples, weight (d_out, d_in) and bias (d_out,) of which at least one is watched."""
-    tape.refuse_samples(weight, "the weight of a linear layer")
+    tape.refuse_samples("linear", weight, bias)
+    layout = layout or tape.layout(x, "linear")
+    if layout.axis >= x.dim() - 1:
+        raise CaptureError(f"linear: input of shape {tuple(x.shape)} has its samples in the last dimension, which is summed over")
     dtype = tape.autocast_dtype(x)
     x = x.to(dtype)
-    layout = tape.layout(x, "linear")
-    w, weight_use = tape.use(weight, dtype)
     if bias is not None and bias.dim() != 1:
-        return add_parameter(tape, linear_with(tape, x, weight, None), bias)
+        y = linear_with(tape, x, weight, None, layout)
+        tape.places.put(y, Place(layout.axis, layout.outer, layout.inner))
+        return add_parameter(tape, y, bias)
+    w, weight_use = tape.use(weight, dtype)
     b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
     return _Linear.apply(x, tape.anchor, w, b, layout, weight_use, bias_use)
 
@@ -76,7 +85,9 @@ def _matmul(tape, func, args, kwargs):
         tape.sources.derive(Tensor.unsqueeze, [right], row)
         return linear_with(tape, left, row, None).squeeze(-1)
     if left in tape.sources and right not in tape.sources and left.dim() == 2 and right.dim() >= 3:
-        return linear_with(tape, right.mT, left, None).mT
+        layout = tape.layout(right, "matmul")
+        axis = {right.dim() - 1: right.dim() - 2, right.dim() - 2: right.dim() - 1}.get(layout.axis, layout.axis)
+        return linear_with(tape, right.mT, left, None, replace(layout, axis=axis)).mT
     return NotImplemented
 
 
@@ -89,9 +100,9 @@ def _addmm(tape, func, args, kwargs):
         return NotImplemented
     if w in tape.sources:
         return linear_with(tape, x, _transposed(tape, w), bias) if bias in tape.sources or bias.dim() == 1 else (
-            linear_with(tape, x, _transposed(tape, w), None) + bias
+            linear_with(tape, x, _transposed(tape, w), None) + bias  # activations
         )  # fmt: skip
-    return add_parameter(tape, x @ w, bias)
+    return add_parameter(tape, like(tape, x, x @ w), bias)
 
 
 def _einsum(tape, func, args, kwargs):
@@ -121,7 +132,11 @@ def _einsum(tape, func, args, kwargs):
     weight = moved.reshape(_volume(sizes, produced), _volume(sizes, contracted))
     tape.sources.derive(Tensor.reshape, [moved], weight)
     inputs = x.permute([first.index(c) for c in kept + contracted])
-    y = linear_with(tape, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None)
+    layout = tape.layout(x, "einsum")
+    if first[layout.axis] not in kept:
+        raise CaptureError(f"einsum: {equation!r} sums over the samples of an activation of shape {tuple(x.shape)}")
+    layout = replace(layout, axis=kept.index(first[layout.axis]))
+    y = linear_with(tape, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None, layout)
     y = y.unflatten(-1, [sizes[c] for c in produced]) if produced else y.squeeze(-1)
     order = kept + produced
     return y.permute([order.index(c) for c in out])

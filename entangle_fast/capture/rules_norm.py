@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import DenseFactor
-from .rules_elementwise import add_parameter, multiply_parameter
+from .rules_elementwise import add_parameter, like, multiply_parameter
 
 _NEEDS_EVAL = (
     "BatchNorm in train mode: its statistics mix the samples, so that no per-sample gradient exists; "
@@ -48,7 +48,7 @@ def _record(use, layout, grads, dims: int) -> None:
     """Sum over the positions of each sample: (…, *normalised shape) → (n, *normalised shape)."""
     shape = grads.shape[-dims:]
     rows = layout.leading(grads)
-    rows = rows.reshape(layout.n, -1, *shape)
+    rows = rows.reshape(layout.n, rows.shape[1:].numel() // max(1, shape.numel()), *shape)
     use.record(DenseFactor(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)))
 
 
@@ -58,8 +58,11 @@ def _layer_norm(tape, func, args, kwargs):
 
     x, shape, weight, bias, eps = bind(*args, **kwargs)
     if _mixed(tape, x, weight, bias):
-        return _affine(tape, F.layer_norm(x, shape, None, None, eps), weight, bias)
+        return _affine(tape, x, F.layer_norm(x, shape, None, None, eps), weight, bias)
+    tape.refuse_samples("layer_norm", weight, bias)
     layout = tape.layout(x, "layer_norm")
+    if layout.axis >= x.dim() - len(shape):
+        raise CaptureError(f"layer_norm: it normalises {tuple(x.shape)} over the samples")
     w, weight_use = tape.use(weight, x.dtype) if weight is not None else (None, None)
     b, bias_use = tape.use(bias, x.dtype) if bias is not None else (None, None)
     return _LayerNorm.apply(x, tape.anchor, w, b, shape, eps, layout, weight_use, bias_use)
@@ -70,9 +73,11 @@ def _mixed(tape, x, *params) -> bool:
     return tape.autocast_on(x) or any(p is not None and p.dtype != x.dtype for p in params)
 
 
-def _affine(tape, y, weight, bias):
+def _affine(tape, x, y, weight, bias):
+    """y, normalised x, scaled and shifted."""
+    like(tape, x, y)
     if weight is not None:
-        y = multiply_parameter(tape, y, weight) if weight in tape.sources else y * weight
+        y = like(tape, x, multiply_parameter(tape, y, weight) if weight in tape.sources else y * weight)
     if bias is not None:
         y = add_parameter(tape, y, bias) if bias in tape.sources else y + bias
     return y
@@ -82,7 +87,8 @@ class _ChannelNorm(torch.autograd.Function):
     """GroupNorm and frozen BatchNorm: y = xhat · w_c + b_c, per-sample gradients summed over positions."""
 
     @staticmethod
-    def forward(ctx, x, anchor, weight, bias, statistics, weight_use, bias_use):
+    def forward(ctx, x, anchor, weight, bias, statistics, layout, weight_use, bias_use):
+        ctx.layout = layout
         ctx.weight_use, ctx.bias_use, ctx.statistics = weight_use, bias_use, statistics
         y, saved = statistics.forward(x, weight, bias)
         ctx.save_for_backward(x, weight, *saved)
@@ -98,11 +104,11 @@ class _ChannelNorm(torch.autograd.Function):
             if ctx.weight_use:
                 moment = (g * x).reshape(n, channels, -1).sum(2)
                 mean, rstd = ctx.statistics.per_channel(x, saved)
-                ctx.weight_use.record(DenseFactor((moment - mean * total) * rstd))
+                _record(ctx.weight_use, ctx.layout, (moment - mean * total) * rstd, 1)
             if ctx.bias_use:
-                ctx.bias_use.record(DenseFactor(total))
+                _record(ctx.bias_use, ctx.layout, total, 1)
         dx = ctx.statistics.backward(g, x, weight, saved) if ctx.needs_input_grad[0] else None
-        return (dx,) + (None,) * 6
+        return (dx,) + (None,) * 7
 
 
 class _Group:
@@ -143,15 +149,16 @@ class _Frozen:
 
 
 def _channel_norm(tape, x, weight, bias, statistics, where):
-    layout = tape.layout(x, where, batch_first=True)
-    if layout.flat or layout.axis:
-        raise CaptureError(f"{where}: input of shape {tuple(x.shape)} does not have the {tape.n} samples in dimension 0")
+    tape.refuse_samples(where, weight, bias)
+    layout = tape.layout(x, where)
+    if layout.axis:
+        raise CaptureError(f"{where}: input of shape {tuple(x.shape)} has its samples in dimension {layout.axis}, not in 0")
     w, weight_use = tape.use(weight, x.dtype) if weight is not None else (None, None)
     b, bias_use = tape.use(bias, x.dtype) if bias is not None else (None, None)
-    return _ChannelNorm.apply(x, tape.anchor, w, b, statistics, weight_use, bias_use)
+    return _ChannelNorm.apply(x, tape.anchor, w, b, statistics, layout, weight_use, bias_use)
 
 
-def _by_channel(tape, y, weight, bias):
+def _by_channel(tape, x, y, weight, bias):
     """Scale and shift (n, C, *size) by watched (C,) vectors."""
     shape = (-1,) + (1,) * (y.dim() - 2)
     views = []
@@ -160,7 +167,7 @@ def _by_channel(tape, y, weight, bias):
         if p is not None and p in tape.sources:
             tape.sources.derive(torch.Tensor.view, [p], v)
         views.append(v)
-    return _affine(tape, y, *views)
+    return _affine(tape, x, y, *views)
 
 
 def _group_norm(tape, func, args, kwargs):
@@ -169,7 +176,7 @@ def _group_norm(tape, func, args, kwargs):
 
     x, groups, weight, bias, eps = bind(*args, **kwargs)
     if _mixed(tape, x, weight, bias):
-        return _by_channel(tape, F.group_norm(x, groups, None, None, eps), weight, bias)
+        return _by_channel(tape, x, F.group_norm(x, groups, None, None, eps), weight, bias)
     return _channel_norm(tape, x, weight, bias, _Group(groups, eps), "group_norm")
 
 
@@ -181,7 +188,7 @@ def _instance_norm(tape, func, args, kwargs):
     x, mean, var, weight, bias, own, momentum, eps = bind(*args, **kwargs)
     if not own:
         return _channel_norm(tape, x, weight, bias, _Frozen(mean, var, eps), "instance_norm")
-    return _by_channel(tape, F.instance_norm(x, mean, var, None, None, own, momentum, eps), weight, bias)
+    return _by_channel(tape, x, F.instance_norm(x, mean, var, None, None, own, momentum, eps), weight, bias)
 
 
 def _batch_norm(tape, func, args, kwargs):
@@ -190,7 +197,7 @@ def _batch_norm(tape, func, args, kwargs):
 
     x, mean, var, weight, bias, eps = bind(*args, **kwargs)
     if _mixed(tape, x, weight, bias) or mean.dtype != x.dtype:
-        return _by_channel(tape, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
+        return _by_channel(tape, x, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
     return _channel_norm(tape, x, weight, bias, _Frozen(mean, var, eps), "batch_norm")
 
 
@@ -199,7 +206,7 @@ def _rms_norm(tape, func, args, kwargs):
         return input, list(normalized_shape), weight, eps
 
     x, shape, weight, eps = bind(*args, **kwargs)
-    return _affine(tape, F.rms_norm(x, shape, None, eps), weight, None)
+    return _affine(tape, x, F.rms_norm(x, shape, None, eps), weight, None)
 
 
 RULES = {

@@ -99,13 +99,35 @@ class Sources:
                 continue
             params = tuple(sorted({i for s in sources for i in s.params}))
             moved = len(inputs) == 1 and not listed and sources[0].isometric and function_name(func) in _ISOMETRIES
-            base = sources[0]
-            same = moved and x.numel() and x.untyped_storage().data_ptr() == base.value.untyped_storage().data_ptr()
+            base = sources[0]  # a copy's storage is not the parameter's: spans in it say nothing
+            same = moved and base.region and x.numel() and _storage(x) == _storage(base.value)
             self._by_id[id(x)] = Source(x, params, False, moved, _span(x) if same else None)
+
+    def changed(self, x: Tensor, inputs: list[Tensor]) -> None:
+        """x, computed from parameters, was written to: it and its views are no mere copies of entries any more."""
+        params = {i for z in inputs if z in self for i in self[z].params}
+        for source in self._by_id.values():
+            if not source.identity and _storage(source.value) == _storage(x):
+                source.params = tuple(sorted(params.union(source.params)))
+                source.isometric, source.region, source.cut = False, None, source.value.detach()
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def changes_in_place(func) -> bool:
+    name = function_name(func)
+    return name in _WRITES or name.endswith("_") and not name.endswith("__")
+
+
+_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 
 
 def _has_list(index) -> bool:
-    return any(isinstance(i, list) or (isinstance(i, tuple) and _has_list(i)) for i in index)
+    """Anything but integers, slices, None and …: rows may be taken twice."""
+    return any(_has_list(i) if isinstance(i, tuple) else not (i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int)
+               for i in index)  # fmt: skip
 
 
 def _span(x: Tensor) -> tuple[int, int]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from . import layout as layouts
-from .contract import Contraction, components
+from .contract import Component, Contraction, components
 from .errors import CaptureError
 from .factors import Factor
+from .layout import Layout
 from .mode import CaptureMode
+from .place import Lost, Place
+from .places import Places
 from .sources import Source, Sources, tensors_in
 
 STREAMABLE = ("gram", "sqnorms", "combine")
@@ -43,15 +44,18 @@ class Tape:
         n: the number of samples.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], buffers: Iterable[Tensor], *, batch_size, batch_dim, strict, seq_first):
+    def __init__(self, named: Mapping[str, Tensor], buffers: Iterable[Tensor], *, batch_size, batch_dim, strict):
         self.names, self.params = list(named), list(named.values())
         self.n: int | None = batch_size
-        self.batch_dim, self.strict, self.seq_first = batch_dim, strict, seq_first
+        self.batch_dim, self.strict = batch_dim, strict
         self.sources = Sources(self.params)
         self.mode = CaptureMode(self)
         self.anchor = torch.zeros((), requires_grad=True)  # makes outputs require a gradient although weights are cut
         self._buffers = {id(b): b for b in buffers}
-        self._followed: dict[int, weakref.ref] = {}
+        self.places = Places(self)
+        self.active = False  # inside the `with`
+        self.idle = False  # the forward is over: what runs inside the `with` now is not watched
+        self.recomputes = False  # the forward runs again in the backward (activation checkpointing)
         self._pending: dict[int, int] = {}  # uses of each parameter whose factor has not arrived
         self._uses: list[tuple[Source, Factor]] = []
         self._stream: _Stream | None = None
@@ -59,45 +63,37 @@ class Tape:
 
     # ---- what rules ask ----
 
+    def is_buffer(self, x: Tensor) -> bool:
+        return id(x) in self._buffers
+
     def carries_samples(self, x: Tensor) -> bool:
         """Does this tensor depend on the batch?
 
-        Exact when the model itself was called: its inputs are known and followed (``follow``). For functional code
-        it is guessed from the sizes.
+        The inputs of the model are followed (places.py). In functional code, tensors from outside are taken by size.
         """
-        if x in self.sources or x.dim() == 0 or id(x) in self._buffers:
+        if x in self.sources or self.is_buffer(x) or self.places.is_constant(x):
             return False
-        if x.requires_grad or self.n is None or self._from_batch(x):
+        if x.requires_grad or self.places.of(x) is not None:
             return True
-        axis = self.batch_dim or 0
-        return not self._followed and (x.dim() > axis and x.shape[axis] == self.n)
+        return self.n is None and x.dim() > 0  # functional code: the first tensor to meet a parameter
 
-    def _from_batch(self, x: Tensor) -> bool:
-        ref = self._followed.get(id(x))
-        return ref is not None and ref() is x
-
-    def follow(self, inputs: list[Tensor], out) -> None:
-        """Tensors without a gradient that are computed from the batch are noted; those with one need no note."""
-        if self._followed and any(x.requires_grad or self._from_batch(x) for x in inputs):
-            self.note_batch(out)
-
-    def note_batch(self, *tree) -> None:
-        for x in tensors_in(tree):
-            if not x.requires_grad:
-                self._followed[id(x)] = weakref.ref(x)
-
-    def seq_first_input(self, x: Tensor) -> bool:
-        return (self.batch_dim == 1 or self.seq_first) and x.dim() > 1 and x.shape[1] == self.n
-
-    def layout(self, x: Tensor, where: str, *, batch_first: bool = False) -> layouts.Layout:
+    def layout(self, x: Tensor, where: str) -> Layout:
+        """Where the samples are in this activation; a CaptureError where that is not known."""
         if self.n is None:
-            self.n = x.shape[self.batch_dim or 0]
-        if batch_first:
-            return layouts.find(x.shape, self.n, 0 if x.shape[0] == self.n else None, False, where)
-        return self.layout_of(x.shape, where)
-
-    def layout_of(self, shape, where: str) -> layouts.Layout:
-        return layouts.find(shape, self.n, self.batch_dim, self.seq_first, where)
+            axis = self.batch_dim or 0
+            if x.dim() <= axis:
+                raise CaptureError(f"{where}: an activation of shape {tuple(x.shape)} has no dimension {axis} for the samples")
+            self.n = x.shape[axis]
+        place = self.places.of(x)
+        if place is None and x.requires_grad:  # from code that cannot be followed
+            place = self.places.guess(x)
+        if not isinstance(place, Place):
+            why = place.why if isinstance(place, Lost) else "nothing says where"
+            raise CaptureError(
+                f"{where}: the {self.n} samples are not to be found in an activation of shape {tuple(x.shape)}: {why}; if the "
+                "batch was guessed wrong, say ef.capture(model, batch_size=…, batch_dim=0 or 1); otherwise freeze the parameter"
+            )
+        return Layout(self.n, place.axis, place.outer, place.inner)
 
     @contextlib.contextmanager
     def positions_first(self):
@@ -122,13 +118,19 @@ class Tape:
         if p not in self.sources:
             return p.to(dtype), None
         source = self.sources[p]
-        for i in source.params:
-            self._pending[i] = self._pending.get(i, 0) + 1
+        if not self._done:  # a recomputed forward records nothing of its own
+            for i in source.params:
+                self._pending[i] = self._pending.get(i, 0) + 1
         return source.cut.to(dtype), _Use(self, source)
 
-    def refuse_samples(self, weight: Tensor, what: str) -> None:
-        if weight not in self.sources and weight.requires_grad:
-            raise CaptureError(f"{what} was computed from the batch: per-sample weights have no rule; use strict=False")
+    def refuse_samples(self, what: str, *weights: Tensor | None) -> None:
+        """A weight that needs a gradient and is not watched: its gradient would be dropped."""
+        for weight in weights:
+            if weight is not None and weight not in self.sources and weight.requires_grad:
+                raise CaptureError(
+                    f"{what}: a weight of shape {tuple(weight.shape)} needs a gradient but is not a parameter of this model: "
+                    "computed from the batch, or by a custom autograd.Function? no rule covers that"
+                )
 
     def describe(self, x: Tensor) -> str:
         source = self.sources[x]
@@ -164,10 +166,23 @@ class Tape:
             rows = None if weights is None else self._rows(weights)
             self._stream = _Stream(stream, self.n, rows, weights is not None and weights.dim() == 1, losses)
         self._done = True
-        torch.autograd.backward(losses, torch.ones_like(losses), inputs=[self.anchor])
-        self.anchor.grad = None
+        self._run(losses)
         if self._stream is not None:
             self._stream.finish(self)
+
+    def _run(self, losses: Tensor) -> None:
+        self.idle, seeds = not self.recomputes, torch.ones_like(losses)
+        with self.mode if self.recomputes and not self.active else contextlib.nullcontext():
+            try:
+                if self.recomputes:
+                    # torch.autograd.backward hands itself to the mode, which is then off for the forwards inside
+                    torch.autograd.Variable._execution_engine.run_backward(
+                        (losses,), (seeds,), False, False, (self.anchor,), allow_unreachable=True, accumulate_grad=True
+                    )
+                else:
+                    torch.autograd.backward(losses, seeds, inputs=[self.anchor])
+            finally:
+                self.idle, self.anchor.grad = True, None
 
     def _check_losses(self, losses: Tensor) -> None:
         if self._done:
@@ -184,26 +199,35 @@ class Tape:
         if self.n is None or len(losses) != self.n:
             raise ValueError(
                 f"losses: {len(losses)} of them for a batch of {self.n}; need one per sample; if the batch was guessed "
-                "wrong, say ef.capture(model, batch_size=…)"
+                "wrong, say ef.capture(model, batch_size=…), or batch_dim=1 where positions stand before samples"
             )
+        if self.n == 0:
+            raise ValueError("losses: an empty batch has no gradient; needs at least one sample")
+        place = self.places.get(losses)
+        if isinstance(place, Lost) and place.mixed:
+            raise CaptureError(f"losses: they are not one per sample: {place.why}, so that samples share gradients")
         self._refuse_leaks(losses)
 
     def _refuse_leaks(self, losses: Tensor) -> None:
         """A parameter that reached the loss past every rule (a custom autograd.Function) must not be dropped silently."""
         watched = {id(p): name for name, p in zip(self.names, self.params)}
-        stack, seen = [losses.grad_fn], set()
+        stack, seen, anchored = [losses.grad_fn], set(), False
         while stack:
             node = stack.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
             variable = getattr(node, "variable", None)
+            anchored = anchored or variable is self.anchor
             if variable is not None and id(variable) in watched:
                 raise CaptureError(
                     f"parameter {watched[id(variable)]!r} reaches the losses through code that capture cannot see (a custom "
-                    "autograd.Function, a scripted or compiled module); run it eagerly, or freeze it"
+                    "autograd.Function, a scripted or compiled module: run it eagerly), through tensors that it does not take "
+                    "for part of the batch (not arguments of the model), or from outside the `with`; or freeze it"
                 )
             stack += [parent for parent, _ in node.next_functions]
+        if not anchored:
+            raise CaptureError("losses: they depend on no parameter that was seen inside this `with`; compute them there")
 
     # ---- questions ----
 
@@ -215,7 +239,10 @@ class Tape:
                 f"tape: factors were freed while the backward ran, only {', '.join(self._stream.results)} can be asked; "
                 "call tape.backward(losses) without stream= to keep them"
             )
-        return [Contraction(c, self.params, self.n) for c in components(self._uses)]
+        return [self._contraction(c) for c in components(self._uses)]
+
+    def _contraction(self, component: Component) -> Contraction:
+        return Contraction(component, self.params, self.n)
 
     def _total(self, parts: list[Tensor], shape) -> Tensor:
         return sum(parts[1:], parts[0]) if parts else torch.zeros(shape, device=self.params[0].device)
@@ -229,8 +256,13 @@ class Tape:
             return self._total([c.gram() for c in mine], (self.n, self.n))
         if [id(p) for p in self.params] != [id(p) for p in other.params]:
             raise ValueError("other: its tape is of another model; capture both from the same parameters")
-        theirs = {tuple(c.indices): c for c in other._contractions()}
-        parts = [c.gram(theirs[key]) for c in mine if (key := tuple(c.indices)) in theirs]
+        other._contractions()  # says what is missing
+        parts = []
+        for joint in components(self._uses + other._uses):  # a branch may join parameters on one side only
+            sides = [[u for u in joint.uses if any(u is v for v in tape._uses)] for tape in (self, other)]
+            if all(sides):
+                left, right = (tape._contraction(Component(joint.params, uses)) for tape, uses in zip((self, other), sides))
+                parts.append(left.gram(right))
         return self._total(parts, (self.n, other.n))
 
     def sqnorms(self) -> Tensor:
@@ -295,8 +327,11 @@ class _Stream:
     def arrived(self, tape: Tape, source: Source) -> None:
         if any(tape._pending[i] for i in source.params):
             return
-        ready = [u for u in tape._uses if set(u[0].params) & set(source.params)]
-        reach = {i for s, _ in ready for i in s.params}
+        reach, before = set(source.params), 0
+        while len(reach) > before:  # all parameters joined to these through other sources
+            before = len(reach)
+            reach = reach.union(*(s.params for s, _ in tape._uses if reach & set(s.params)))
+        ready = [u for u in tape._uses if reach & set(u[0].params)]
         if any(tape._pending[i] for i in reach):
             return
         tape._uses = [u for u in tape._uses if not set(u[0].params) & reach]
@@ -337,7 +372,9 @@ def capture(
     Args:
         model: a module, or a mapping of names to parameters for functional code.
         batch_size: number of samples; by default taken from the model's first tensor argument.
-        batch_dim: the dimension that counts samples (0 or 1); by default found from the sizes, ambiguity being an error.
+        batch_dim: the dimension of the model's inputs that counts samples: 0, or 1 where positions stand before samples.
+            By default 1 for torch's own transformer layers with batch_first=False, 0 otherwise. From there on the
+            samples are followed through every operation.
         strict: a trainable parameter in a function without a rule is an error that names it; with strict=False it
             goes through torch.func.vmap on a copy per sample (slower, more memory).
 
@@ -353,21 +390,39 @@ def capture(
     torch.Size([5, 5])
     """
     is_module = isinstance(model, nn.Module)
-    named = {k: p for k, p in (model.named_parameters() if is_module else model.items()) if p.requires_grad}
+    named, seen = {}, set()
+    for name, p in model.named_parameters() if is_module else model.items():
+        if p.requires_grad and id(p) not in seen:  # a mapping may name one tensor twice
+            seen.add(id(p))
+            named[name] = p
     if not named:
         raise CaptureError("model: no trainable parameter; set requires_grad_(True) on those that shall be captured")
-    seq_first = batch_dim is None and is_module and any(
-        isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules()
-    )  # fmt: skip
-    tape = Tape(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict,
-                seq_first=seq_first)  # fmt: skip
+    if seen & _CAPTURED:
+        raise CaptureError("model: its parameters are being captured already; leave that `with` before another begins")
+    if batch_dim is None and is_module and _positions_first(model):
+        batch_dim = 1
+    tape = Tape(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict)
     hook = model.register_forward_pre_hook(_count_samples(tape), with_kwargs=True) if is_module else None
+    _CAPTURED.update(seen)
+    tape.active = True
     try:
         with tape.mode:
             yield tape
     finally:
+        tape.active = False
+        _CAPTURED.difference_update(seen)
         if hook is not None:
             hook.remove()
+
+
+_CAPTURED: set[int] = set()  # ids of parameters inside a `with`: two tapes on one parameter would each miss the other's
+
+
+def _positions_first(model: nn.Module) -> bool:
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder,
+             nn.TransformerDecoder, nn.Transformer)  # fmt: skip
+    return isinstance(model, kinds) and not next(
+        m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention))  # fmt: skip
 
 
 def _count_samples(tape: Tape) -> Callable:
@@ -375,13 +430,17 @@ def _count_samples(tape: Tape) -> Callable:
 
     def look(module, args, kwargs):
         for x in tensors_in(args, kwargs):
-            if x.dim() == 0:
+            if x.dim() == 0 or x in tape.sources or tape.places.get(x) is not None:
                 continue
-            axis = tape.batch_dim or (1 if tape.seq_first and x.dim() > 1 else 0)
+            axis = min(tape.batch_dim or 0, x.dim() - 1)
             if tape.n is None:
-                tape.n = x.shape[axis] if x.dim() > axis else x.shape[0]
-            if tape.n in x.shape[:2] and x not in tape.sources:
-                tape.note_batch(x)
+                tape.n = x.shape[axis]
+            place = tape.places.guess(x) or (Place(axis) if x.shape[axis] == tape.n else None)
+            if place is None and tape.n in x.shape[:2]:
+                place = Place(x.shape.index(tape.n))
+            if place is not None:
+                tape.places.put(x, place)
+                tape.places.called = True
 
     return look
 

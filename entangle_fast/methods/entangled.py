@@ -28,6 +28,7 @@ from .. import weights
 from ..capture import capture
 from ..optim import ProjectedMomentum
 from .process import Process
+from .propositions import first_order, forget_bound
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Entangled:
     epochs2: float = 2.0
     lr2: float = 1e-3
     momentum: float = 0.9
+    max_norm2: float = math.inf
     adjacent_batch2: int = 128
     forget_batch2: int = 128
     remote_batch2: int = 512
@@ -167,6 +169,9 @@ class EntangledProcess(Process):
         adjacent = self.losses(xa, ya, "adjacent")
         g_adjacent = self.gradient(adjacent.mean())
         row = {"epoch": (k + 1) * c.adjacent_batch2 / len(self.data.adjacent), "loss_adjacent": adjacent.detach().mean()}
+        if math.isfinite(c.max_norm2):
+            norm = torch.nn.utils.get_total_norm(g_adjacent, foreach=True)
+            torch._foreach_mul_(g_adjacent, (c.max_norm2 / norm.clamp(min=1e-30)).clamp(max=1.0))
         if c.away_from == "means":
             directions = [self._sum_of_minibatches(self._forget, k, row), self._sum_of_minibatches(self._remote, k, row)]
             row.update(self.sgd.step(g_adjacent, directions))
@@ -270,3 +275,10 @@ class EntangledProcess(Process):
             c = self.config
             self.sgd = ProjectedMomentum(self.params, lr=c.lr2, momentum=c.momentum, ridge=c.ridge, project=c.project)
             self.sgd.load(state)
+
+    def facts(self):
+        """The two propositions, measured (methods/propositions.py)."""
+        with torch.no_grad():
+            self.model.eval()
+            classes = self.model(self.data.forget.take(torch.arange(1))[0]).shape[-1]
+        return {"first_order": first_order(self), "forget_bound": forget_bound(self, classes)}

@@ -41,6 +41,7 @@ class Process(ABC):
             kinds = sorted({f"{p.dtype} on {p.device}" for p in self.params})
             raise ValueError(f"model: parameters are {', '.join(kinds)}; need one dtype on one device: model.to(...)")
         self.done = 0
+        self.stopped = False  # a method may end before its last step
 
     # ---- what a method says ----
 

@@ -8,15 +8,29 @@ from torch import Tensor
 from .per_sample import accumulate_dtype, with_positions
 
 
+def _support(v: Tensor) -> slice:
+    """From the first to the last sample whose weight is not zero: m rows on disjoint segments cost one gradient, not m.
+
+    Only where reading the weights costs no synchronisation and nobody asks for their gradient; elsewhere all samples.
+    """
+    if v.device.type != "cpu" or v.requires_grad or torch.compiler.is_compiling():
+        return slice(None)
+    kept = v.detach().nonzero()
+    return slice(int(kept[0]), int(kept[-1]) + 1) if len(kept) else slice(0, 0)
+
+
 def combine(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     """a (n,t,d_in), b (n,t,d_out), w (m, n) → (m, d_out, d_in).
 
     Equivalent to: torch.einsum("mn,nto,nti->moi", w, b, a)
     """
     dtype = accumulate_dtype(a, b, w)
-    a, b, w = with_positions(a).to(dtype).flatten(0, 1), with_positions(b).to(dtype), w.to(dtype)
-    rows = [(b * v[:, None, None]).flatten(0, 1).T @ a for v in w]
-    return torch.stack(rows) if rows else a.new_zeros(0, b.shape[2], a.shape[1])
+    a, b, w = with_positions(a).to(dtype), with_positions(b).to(dtype), w.to(dtype)
+    rows = []
+    for v in w:
+        s = _support(v)
+        rows.append((b[s] * v[s, None, None]).flatten(0, 1).T @ a[s].flatten(0, 1))
+    return torch.stack(rows) if rows else a.new_zeros(0, b.shape[2], a.shape[2])
 
 
 def combine_conv(x: Tensor, g: Tensor, w: Tensor, kernel_size, stride, padding, dilation, groups: int) -> Tensor:
@@ -31,13 +45,15 @@ def combine_conv(x: Tensor, g: Tensor, w: Tensor, kernel_size, stride, padding, 
         return x.new_zeros(len(w), *shape)
     like = x.new_empty(()).expand(shape)
     spread = (-1,) + (1,) * (g.dim() - 1)
-    return torch.stack([
-        torch.ops.aten.convolution_backward(
-            g * v.view(spread), x, like, None, stride, padding, dilation, False, [0] * len(kernel_size), groups,
+    rows = []
+    for v in w:
+        s = _support(v)
+        scaled = g[s] * v[s].view(spread)
+        rows.append(x.new_zeros(shape) if len(scaled) == 0 else torch.ops.aten.convolution_backward(
+            scaled, x[s], like, None, stride, padding, dilation, False, [0] * len(kernel_size), groups,
             [False, True, False],
-        )[1]
-        for v in w
-    ])  # fmt: skip
+        )[1])  # fmt: skip
+    return torch.stack(rows)
 
 
 def combine_embedding(ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, padding_idx: int = -1) -> Tensor:
@@ -46,7 +62,8 @@ def combine_embedding(ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, pa
     b, w = (b * (ids != padding_idx).unsqueeze(-1)).to(dtype), w.to(dtype)
     out = b.new_zeros(len(w), num_embeddings, b.shape[-1])
     for row, v in zip(out, w):
-        row.index_add_(0, ids.flatten(), (b * v[:, None, None]).flatten(0, 1))
+        s = _support(v)
+        row.index_add_(0, ids[s].flatten(), (b[s] * v[s, None, None]).flatten(0, 1))
     return out
 
 

@@ -1,0 +1,150 @@
+// The engines behind gram, sqnorm and project: which piece of which samples each thread forms, packs and multiplies.
+//
+// Per-sample gradients exist only as panels of a few megabytes, in buffers that are kept between calls. Every output
+// cell belongs to one thread and is summed in one order, so results do not depend on the number of threads.
+#include <algorithm>
+#include <cstring>
+
+#include "factors.h"
+#include "scratch.h"
+
+namespace ef::cpu {
+namespace {
+
+constexpr int64_t kPanelBytes = 8LL << 20;        // panels of one tile: between L2 and L3
+constexpr int64_t kRightBytes = 16LL << 20;       // packed right-hand positions
+constexpr int64_t kLeftRows = 64;                 // left-hand positions that meet a right panel while it is in L2
+
+int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// pack `count` row-major rows into panels of `width` rows
+template <class T> void pack_rows(const Contract<T>& k, const T* rows, int64_t d, int64_t count, T* panels) {
+  const int64_t units = d / k.per;
+  for (int64_t r = 0; r < up(count, k.width); r += k.lanes)
+    k.pack(rows + (r < count ? r * d : 0), units, std::clamp<int64_t>(count - r, 0, k.lanes), units,
+           panels + r / k.width * k.width * d, r % k.width);
+}
+
+// form the pieces [first, last) of all samples as panels of `cells` elements a row
+template <class T>
+void form_panels(const Gradients<T>& x, size_t first, size_t last, int64_t cells, T* panels) {
+  const auto& k = contract_of<T>();
+  const int64_t groups = up(x.n, k.width) / k.lanes, count = last - first;
+  std::vector<int64_t> start;
+  int64_t widest = 0, total = 0;
+  for (size_t p = first; p < last; ++p) start.push_back(total), total += x.pieces[p].cells, widest = std::max(widest, x.pieces[p].cells);
+  const int64_t ld = widest + 16 * k.per;  // off the power of two, or 16 rows share one cache set
+  torch::stable::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
+    T* rows = (T*)scratch(Slot::rows, k.lanes * ld * sizeof(T));
+    void* work = scratch(Slot::work, x.work());
+    x.prepare(work);
+    for (int64_t q = begin; q < end; ++q) {
+      const Piece& piece = x.pieces[first + q % count];
+      const int64_t i0 = q / count * k.lanes, many = std::clamp<int64_t>(x.n - i0, 0, k.lanes);
+      for (int64_t i = 0; i < many; ++i) x.form(i0 + i, piece, rows + i * ld, work);
+      k.pack(rows, ld / k.per, many, piece.cells / k.per, panels + (i0 / k.width * cells + start[q % count]) * k.width, i0 % k.width);
+    }
+  });
+}
+
+}  // namespace
+
+template <class T, class Acc> void contract_tiles(const Gradients<T>& x, const Gradients<T>* y, Acc* out) {
+  const auto& k = contract_of<T>();
+  const bool symmetric = y == nullptr;
+  const int64_t n = x.n, m = symmetric ? n : y->n, np = up(n, k.width), mp = up(m, k.width);
+  std::vector<int32_t> tiles;  // (strip of left rows, right panel), those of one left panel together
+  for (int64_t i = 0; i < np; i += k.width)
+    for (int64_t j = 0; j < (symmetric ? i + 1 : m); j += k.width)
+      for (int64_t r = i; r < std::min(i + k.width, n); r += k.rows) tiles.push_back(r / k.rows), tiles.push_back(j / k.width);
+  const int64_t budget = std::clamp<int64_t>(kPanelBytes / ((symmetric ? np : np + mp) * (int64_t)sizeof(T)), 2048, 16384);
+  for (size_t first = 0, last; first < x.pieces.size(); first = last) {
+    int64_t cells = 0;
+    for (last = first; last < x.pieces.size() && (last == first || cells + x.pieces[last].cells <= budget); ++last)
+      cells += x.pieces[last].cells;
+    T* left = (T*)scratch(Slot::panels, np * cells * sizeof(T));
+    T* right = symmetric ? left : (T*)scratch(Slot::other_panels, mp * cells * sizeof(T));
+    form_panels(x, first, last, cells, left);
+    if (!symmetric) form_panels(*y, first, last, cells, right);
+    const int64_t units = cells / k.per;
+    torch::stable::parallel_for(0, tiles.size() / 2, 1, [&](int64_t begin, int64_t end) {
+      k.gram(left, right, units * k.width, units, tiles.data(), begin, end, out, m, n, m);
+    });
+  }
+}
+
+template <class T, class Acc> void contract_pairs(const Positions<T>& x, const Positions<T>* y_, Acc* out) {
+  const auto& k = contract_of<T>();
+  const bool symmetric = y_ == nullptr;
+  const Positions<T>& y = symmetric ? x : *y_;
+  const int64_t n = x.n, m = y.n, t = x.t, s = y.t, da = x.d_a, db = x.d_b, all = m * s;
+  const int64_t block = std::max<int64_t>(1, kRightBytes / ((da + db) * (int64_t)sizeof(T)) / k.width) * k.width;
+  const int64_t many = std::max<int64_t>(1, kLeftRows / 2 / t), groups = (n + many - 1) / many;  // samples of a left task
+  const int64_t chunk = std::min<int64_t>(kLeftRows, up(many * t, k.width));
+  for (int64_t p0 = 0; p0 < all; p0 += block) {
+    const int64_t p1 = std::min(p0 + block, all), panels = (p1 - p0 + k.width - 1) / k.width;
+    T* right_a = (T*)scratch(Slot::panels, panels * k.width * da * sizeof(T));
+    T* right_b = (T*)scratch(Slot::other_panels, panels * k.width * db * sizeof(T));
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      void* work = scratch(Slot::work, y.work(k.width));
+      for (int64_t q = begin; q < end; ++q) {
+        const T *a, *b;
+        const int64_t first = p0 + q * k.width, count = std::min<int64_t>(k.width, p1 - first);
+        y.rows(first, count, &a, &b, work);
+        pack_rows(k, a, da, count, right_a + q * k.width * da);
+        pack_rows(k, b, db, count, right_b + q * k.width * db);
+      }
+    });
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      void* work = scratch(Slot::work, x.work(chunk));
+      T* left_a = (T*)scratch(Slot::rows, chunk * (da + db) * sizeof(T));
+      T* left_b = left_a + chunk * da;
+      for (int64_t q = begin; q < end; ++q) {
+        // first and last in turn: in the symmetric case the later ones have more to do
+        const int64_t group = symmetric ? (q % 2 ? groups - 1 - q / 2 : q / 2) : q;
+        const int64_t i0 = group * many, i1 = std::min(i0 + many, n), end_right = symmetric ? std::min(p1, i1 * s) : p1;
+        for (int64_t r = i0 * t; p0 < end_right && r < i1 * t; r += chunk) {
+          const T *a, *b;
+          const int64_t count = std::min(chunk, i1 * t - r);
+          x.rows(r, count, &a, &b, work);
+          pack_rows(k, a, da, count, left_a);
+          pack_rows(k, b, db, count, left_b);
+          for (int64_t p = p0; p < end_right; p += k.width) {
+            const int64_t panel = (p - p0) / k.width * k.width;
+            k.pairs(left_a, left_b, count, r, t, right_a + panel * da, right_b + panel * db, p, p1, s, da / k.per,
+                    db / k.per, out, m);
+          }
+        }
+      }
+    });
+  }
+}
+
+template <class T, class Acc> void contract_square(const Gradients<T>& x, Acc* out) {
+  const auto& k = contract_of<T>();
+  int64_t widest = 0;
+  for (const Piece& p : x.pieces) widest = std::max(widest, p.cells);
+  torch::stable::parallel_for(0, x.n, 1, [&](int64_t begin, int64_t end) {
+    T* cells = (T*)scratch(Slot::rows, widest * sizeof(T));
+    void* work = scratch(Slot::work, x.work());
+    x.prepare(work);
+    for (int64_t i = begin; i < end; ++i) {
+      double sum = 0;
+      for (const Piece& p : x.pieces) {
+        x.form(i, p, cells, work);
+        sum += k.square(cells, p.cells);
+      }
+      out[i] = (Acc)sum;
+    }
+  });
+}
+
+#define EF_INSTANTIATE(T, Acc)                                                       \
+  template void contract_tiles<T, Acc>(const Gradients<T>&, const Gradients<T>*, Acc*);   \
+  template void contract_pairs<T, Acc>(const Positions<T>&, const Positions<T>*, Acc*);   \
+  template void contract_square<T, Acc>(const Gradients<T>&, Acc*);
+EF_INSTANTIATE(float, float)
+EF_INSTANTIATE(double, double)
+EF_INSTANTIATE(uint16_t, float)
+
+}  // namespace ef::cpu

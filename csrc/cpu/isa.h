@@ -1,0 +1,17 @@
+// Which of the per-ISA kernel tables (isa/*.cpp) this machine runs; ENTANGLE_FAST_ISA=plain|avx2|avx512 lowers it.
+#pragma once
+
+#include "isa/contract.h"
+#include "isa/loops.h"
+
+namespace ef::cpu {
+
+const ContractTables& contract();
+const Loops& loops();
+
+template <class T> const Contract<T>& contract_of();
+template <> inline const Contract<float>& contract_of<float>() { return contract().f32; }
+template <> inline const Contract<double>& contract_of<double>() { return contract().f64; }
+template <> inline const Contract<uint16_t>& contract_of<uint16_t>() { return contract().bf16; }
+
+}  // namespace ef::cpu

@@ -1,0 +1,54 @@
+// Elementwise loops of step and sample_loss: one table per ISA. Types: float, double, uint16_t (bfloat16).
+#pragma once
+
+#include <stdint.h>
+
+namespace ef::cpu {
+
+enum class Type : int { f32, f64, bf16 };
+
+struct Update {  // one stretch of step_update; all arrays of the compute type A
+  double lr, beta, keep, noise;  // keep = 1 - lr * weight_decay
+  uint64_t seed, offset;
+};
+
+template <class A> struct Step {
+  // v = beta v + g - sum_j coef_j d_j;  theta = keep theta - lr v + noise xi;  v may be null
+  void (*update)(int64_t count, A* theta, A* v, const A* g, const A* const* d, const A* coef, int64_t k, const Update&,
+                 const float* xi);
+};
+
+template <class T> struct Rows {
+  using A = T;
+};
+template <> struct Rows<uint16_t> {
+  using A = float;
+};
+
+template <class T> struct Elements {
+  using A = typename Rows<T>::A;
+  // out[i*k + j] += <x_i, x_j>, j <= i, in double
+  void (*dots)(const T* const* x, int64_t k, int64_t count, double* out);
+  // theta -= alpha g;  ulps = how far the plain undo lands off.  Returns how many are off by more than 127
+  int64_t (*lookahead)(T* theta, const T* g, int8_t* ulps, int64_t count, A alpha);
+  void (*undo)(T* theta, const T* g, const int8_t* ulps, int64_t count, A alpha);
+  // max, sum of exp(x - max), plain sum
+  void (*row_sums)(const T* x, int64_t count, A* top, A* total, A* plain);
+  // out = scale exp(x - lse) - shift
+  void (*row_softmax)(const T* x, T* out, int64_t count, A lse, A scale, A shift);
+  // between the compute type and memory
+  void (*read)(const T* x, A* out, int64_t count);
+  void (*write)(const A* x, T* out, int64_t count);
+};
+
+struct Loops {
+  Step<float> step32;
+  Step<double> step64;
+  Elements<float> f32;
+  Elements<double> f64;
+  Elements<uint16_t> bf16;
+  // standard normals, elements [start, start + count) of Philox stream (seed, offset); start % 4 == 0
+  void (*normal)(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset);
+};
+
+}  // namespace ef::cpu

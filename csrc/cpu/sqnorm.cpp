@@ -1,0 +1,82 @@
+// sqnorm: ||G_i||^2 of per-sample weight gradients, the diagonal of the Gram at its own cost.
+//
+//   t = 1       ||a_i||^2 ||b_i||^2, one read of the factors                    n(d_in + d_out) elements
+//   t small     sum of (A A^T) o (B B^T), t x t tiles reduced in registers      2n t^2 (d_in + d_out) FLOPs
+//   otherwise   the gradient, a piece at a time, squared while in L1/L2         2n t d_in d_out FLOPs
+// Limit: bandwidth for t = 1, else the FMA rate.
+#include "factors.h"
+#include "kernels.h"
+#include "scratch.h"
+
+namespace ef::cpu {
+namespace {
+
+template <class T, class Acc> void rows(const T* a, const T* b, int64_t n, int64_t d_in, int64_t d_out, Acc* out) {
+  const auto& k = contract_of<T>();
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, 32768 / (d_in + d_out)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = (Acc)(k.square(a + i * d_in, d_in) * k.square(b + i * d_out, d_out));
+  });
+}
+
+template <class T, class Acc> void positions(const T* a, const T* b, int64_t n, int64_t t, int64_t da, int64_t db, Acc* out) {
+  const auto& k = contract_of<T>();
+  const int64_t padded = (t + k.width - 1) / k.width * k.width;
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    T* pa = (T*)scratch(Slot::rows, padded * (da + db) * sizeof(T));
+    T* pb = pa + padded * da;
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t r = 0; r < padded; r += k.lanes) {
+        const int64_t count = std::clamp<int64_t>(t - r, 0, k.lanes), panel = r / k.width * k.width, from = count ? r : 0;
+        k.pack(a + (i * t + from) * da, da / k.per, count, da / k.per, pa + panel * da, r % k.width);
+        k.pack(b + (i * t + from) * db, db / k.per, count, db / k.per, pb + panel * db, r % k.width);
+      }
+      Acc sum = 0;
+      for (int64_t p = 0; p < t; p += k.width)
+        k.pairs(pa, pb, t, 0, t, pa + p * da, pb + p * db, p, t, t, da / k.per, db / k.per, &sum, 1);
+      out[i] = sum;
+    }
+  });
+}
+
+}  // namespace
+
+Tensor sqnorm(const Tensor& a_, const Tensor& b_) {
+  STD_TORCH_CHECK(a_.dim() == b_.dim() && (a_.dim() == 2 || a_.dim() == 3), "sqnorm: a and b are (n,d) or (n,t,d)");
+  STD_TORCH_CHECK(a_.size(0) == b_.size(0) && (a_.dim() == 2 || a_.size(1) == b_.size(1)), "sqnorm: a and b differ in n or t");
+  const ScalarType type = compute_type(a_.scalar_type()), acc = accumulate_type(type);
+  Tensor a = dense(a_, type), b = dense(b_, type);
+  const int64_t n = a.size(0), t = a.dim() == 3 ? a.size(1) : 1;
+  int64_t d_in = a.size(a.dim() - 1), d_out = b.size(b.dim() - 1);
+  Tensor out = empty_like_dtype(a, {n}, acc);
+  if (n == 0 || t == 0 || d_in == 0 || d_out == 0) return torch::stable::zero_(out);
+  const bool by_position = t > 1 && t * (d_in + d_out) <= d_in * d_out;
+  if (by_position && type == ScalarType::BFloat16) {
+    a = whole_pairs(a), b = whole_pairs(b);
+    d_in = a.size(a.dim() - 1), d_out = b.size(b.dim() - 1);
+  }
+  by_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = typename Rows<T>::A;
+    if (t == 1) rows<T, Acc>(data<T>(a), data<T>(b), n, d_in, d_out, data<Acc>(out));
+    else if (by_position) positions<T, Acc>(data<T>(a), data<T>(b), n, t, d_in, d_out, data<Acc>(out));
+    else contract_square<T, Acc>(LinearGradients<T>(data<T>(a), data<T>(b), n, t, d_in, d_out), data<Acc>(out));
+  });
+  return out;
+}
+
+Tensor sqnorm_conv(const Tensor& x_, const Tensor& g_, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+  const ScalarType type = compute_type(x_.scalar_type()), acc = accumulate_type(type);
+  const Tensor x = dense(x_, type), g = dense(g_, type);
+  const ConvShape shape = conv_shape(x, g, kernel, stride, padding, dilation, groups);
+  Tensor out = empty_like_dtype(x, {shape.n}, acc);
+  if (shape.n == 0 || shape.positions() == 0 || shape.c_in == 0 || shape.c_out == 0) return torch::stable::zero_(out);
+  by_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = typename Rows<T>::A;
+    contract_square<T, Acc>(ConvGradients<T>(data<T>(x), data<T>(g), shape), data<Acc>(out));
+  });
+  return out;
+}
+
+}  // namespace ef::cpu

@@ -1,0 +1,139 @@
+"""Where the samples are in each tensor of the forward, followed through every torch function that the mode sees.
+
+Sizes alone cannot tell: with as many positions as samples, (t, n, d) and (n, t, d) look alike, and so do rows folded
+sample by sample and position by position. What cannot be followed is Lost, and refused where a parameter meets it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+from torch import Tensor
+
+from .follow import FOLLOW, by_axis
+from .place import Call, Lost, Place, Row
+from .sources import function_name, tensors_in
+
+
+class Places:
+    """Tensor → Place, Row or Lost; a tensor that is not here does not depend on the batch."""
+
+    def __init__(self, tape):
+        self.tape = tape
+        self._at: dict[int, tuple[weakref.ref, object]] = {}
+        self._constants: dict[int, weakref.ref] = {}  # functional code only: made inside the `with` from nothing
+        self.called = False  # the model itself was called: then all of the batch is known
+
+    def get(self, x: Tensor):
+        found = self._at.get(id(x))
+        return found[1] if found is not None and found[0]() is x else None
+
+    def put(self, x: Tensor, place) -> None:
+        self._at[id(x)] = (weakref.ref(x), place)
+
+    def forget(self, x: Tensor) -> None:
+        self._at.pop(id(x), None)
+
+    def guess(self, x: Tensor):
+        """The place of a tensor from outside, by its sizes; None where they say nothing."""
+        n, dim = self.tape.n, self.tape.batch_dim
+        if not n or x.dim() == 0:
+            return None
+        axis = dim or 0
+        if x.dim() > axis and x.shape[axis] == n:
+            return Place(axis)
+        if dim is not None and x.shape[0] and x.shape[0] % n == 0:  # folded rows, in the order that the user named
+            return Place(0, 1, x.shape[0] // n) if dim == 0 else Place(0, x.shape[0] // n, 1)
+        return None
+
+    def is_constant(self, x: Tensor) -> bool:
+        ref = self._constants.get(id(x))
+        return ref is not None and ref() is x
+
+    def of(self, x: Tensor):
+        """As ``get``, a tensor from outside being placed by its sizes where that is allowed."""
+        if (place := self.get(x)) is not None or self.called and not x.requires_grad or self.is_constant(x):
+            return place
+        if (place := self.guess(x)) is not None and x not in self.tape.sources and not self.tape.is_buffer(x):
+            self.put(x, place)
+            return place
+        return None
+
+    def follow(self, func, args, kwargs, inputs: list[Tensor], out) -> None:
+        """Note where the samples are in what ``func`` returned."""
+        if not isinstance(out, (Tensor, tuple, list)) and not (out is None and inputs):
+            return
+        name = function_name(func)
+        placed = [(x, p) for x in inputs if (p := self.of(x)) is not None]
+        in_place = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
+        if any(not isinstance(p, Place) or not p.soft for _, p in placed):
+            placed = [(x, p) for x, p in placed if not isinstance(p, Place) or not p.soft]
+        if not placed:
+            for y in tensors_in(out):
+                if self._repeats_constants(name, inputs, y):
+                    self.put(y, Place(self.tape.batch_dim or 0, soft=True))
+                elif not self.called and all(self.is_constant(x) or x in self.tape.sources for x in inputs):
+                    self._constants[id(y)] = weakref.ref(y)
+                else:
+                    self.forget(y)
+            return
+        targets = [args[0]] if in_place and args and isinstance(args[0], Tensor) else tensors_in(out)
+        for k, y in enumerate(targets):
+            if name == "__get__" or y in self.tape.sources:
+                continue
+            place = self._where(name, args, kwargs, placed, y, k, out)
+            if isinstance(place, Place) and place.soft and y.requires_grad:
+                place = replace(place, soft=False)  # a parameter came in: now it matters whose row it is
+            self.forget(y) if place is None else self.put(y, place)
+
+    def _repeats_constants(self, name: str, inputs: list[Tensor], y: Tensor) -> bool:
+        """Were the same constants given to each of the n samples? (token types, positions expanded to the batch)"""
+        axis, n = self.tape.batch_dim or 0, self.tape.n
+        if n is None or y.dim() <= axis or y.shape[axis] != n or y.requires_grad:
+            return False
+        if name in _GROWING and inputs:
+            d = axis - (y.dim() - inputs[0].dim())
+            return d < 0 or inputs[0].shape[d] == 1
+        return name in _FILLED
+
+    def _where(self, name, args, kwargs, placed, y, k, out):
+        lost = next((p for _, p in placed if isinstance(p, Lost)), None)
+        if lost is not None:
+            mixed = next((p for _, p in placed if isinstance(p, Lost) and p.mixed), lost)
+            return mixed
+        n = self.tape.n
+        rows = {p.index for _, p in placed if isinstance(p, Row)}
+        if rows:
+            if name == "stack" and len(placed) == n and [p for _, p in placed] == [Row(i) for i in range(n)]:
+                return Place(by_axis(args, kwargs, 1, y.dim(), 0))
+            if len(rows) == 1 and len({type(p) for _, p in placed}) == 1:
+                return Row(rows.pop())
+            others = any(isinstance(p, Place) for _, p in placed) or name not in ("stack", "cat")
+            mixed = others and any(x.requires_grad for x, p in placed if isinstance(p, Row))
+            return Lost(f"{name}(…) joins tensors of single samples", mixed)
+        place = FOLLOW.get(name, FOLLOW["*"])(Call(name, args, kwargs, placed, y, k, out, n))
+        if not isinstance(place, Lost) or n == 1:
+            return self._checked(place, y, name)
+        if place.mixed and not any(x.requires_grad for x, _ in placed):
+            # data only: its gradient does not exist, a sample may know of the others
+            x, p = placed[0]
+            return p if y.shape == x.shape else None
+        return place
+
+    def _checked(self, place, y: Tensor, name: str):
+        n = self.tape.n
+        if n == 1 and not isinstance(place, Place):
+            if y.dim() == 0:
+                return Lost("it has no dimension left")
+            return Place(0, 1, y.shape[0])
+        if not isinstance(place, Place):
+            return place
+        if place.axis < y.dim() and y.shape[place.axis] == place.size(n):
+            return place
+        return Lost(f"{name}(…) leaves {tuple(y.shape)}, in which the {n} samples cannot be found")
+
+
+_FILLED = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"}
+_GROWING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__ior__", "__iand__"}

@@ -1,0 +1,258 @@
+"""Baselines: fine-tuning, gradient ascent, NegGrad+, random labels, and retraining (the gold standard).
+
+Each takes plain SGD or Adam steps on minibatches, all in one forward and backward of Σ w_i ℓ_i.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import weights
+from .process import Process
+from .training import fit
+
+
+def _positive(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: got {value}; needs a finite number > 0")
+
+
+class _Sgd(Process):
+    """SGD with momentum and gradient clipping over a number of passes; may stop once the forget set is forgotten."""
+
+    def __init__(self, config, model, data, loss, seed):
+        super().__init__(config, model, data, loss, seed)
+        self.sgd = torch.optim.SGD(self.params, lr=config.lr, momentum=config.momentum, foreach=True)
+        self.recent = torch.ones(4)  # forget accuracy of the last minibatches
+
+    @property
+    def stages(self):
+        samples, size = self.paced_by()
+        return [(self.config.name, math.ceil(self.config.epochs * len(samples) / min(size, len(samples))))]
+
+    def paced_by(self):
+        return self.data.forget, self.config.batch
+
+    def objective(self, k: int, row: dict) -> Tensor:
+        """The scalar to descend in step k."""
+        raise NotImplementedError
+
+    def take_step(self, stage, k):
+        row: dict = {}
+        for p, g in zip(self.params, self.gradient(self.objective(k, row))):
+            p.grad = g
+        if self.config.max_norm:
+            torch.nn.utils.clip_grad_norm_(self.params, self.config.max_norm, foreach=True)
+        self.sgd.step()
+        self.sgd.zero_grad(set_to_none=True)
+        samples, size = self.paced_by()
+        self.stopped = bool(self.recent.mean() <= getattr(self.config, "stop_at", -1.0))
+        return {"epoch": (k + 1) * size / len(samples), **row}
+
+    def batch_losses(self, samples, k, size, row) -> Tensor:
+        x, y = samples.take(samples.rows(k, size))
+        output = self.model(x)
+        losses = self.checked(self.loss(output, y), len(y), samples.name)
+        row[f"loss_{samples.name}"] = losses.detach().mean()
+        if samples is self.data.forget and output.dim() == 2:
+            self.recent = torch.cat([self.recent[1:], (output.argmax(1) == y).float().mean()[None].cpu()])
+        return losses
+
+    def retain_losses(self, k, size, row) -> Tensor:
+        """A batch of adjacent and remote samples in proportion to the sets' sizes."""
+        n, m = len(self.data.adjacent), len(self.data.remote)
+        near = min(max(1, round(size * n / (n + m))), size - 1)
+        parts = [self.batch_losses(s, k, b, row) for s, b in zip(self.data.retain, (near, size - near))]
+        return torch.cat(parts)
+
+    def state(self):
+        out = {"recent": self.recent}
+        for i, p in enumerate(self.params):
+            buffer = self.sgd.state.get(p, {}).get("momentum_buffer")
+            if buffer is not None:
+                out[f"momentum.{i}"] = buffer
+        return out
+
+    def load(self, state):
+        self.recent = state["recent"]
+        for i, p in enumerate(self.params):
+            if f"momentum.{i}" in state:
+                self.sgd.state[p]["momentum_buffer"] = state[f"momentum.{i}"].to(p.device)
+
+
+@dataclass
+class FineTune:
+    """Descend on the retain set alone, adjacent and remote, for ``epochs`` passes."""
+
+    name = "finetune"
+    epochs: float = 2.0
+    lr: float = 1e-2
+    momentum: float = 0.9
+    batch: int = 128
+    max_norm: float = 0.0
+
+    def __post_init__(self):
+        _positive(self, "epochs", "lr", "batch")
+
+    def start(self, model, data, loss, seed):
+        return _FineTune(self, model, data, loss, seed)
+
+
+class _FineTune(_Sgd):
+    @property
+    def stages(self):
+        n = len(self.data.adjacent) + len(self.data.remote)
+        return [("finetune", math.ceil(self.config.epochs * n / self.config.batch))]
+
+    def objective(self, k, row):
+        return self.retain_losses(k, self.config.batch, row).mean()
+
+
+@dataclass
+class GradientAscent:
+    """Ascend on the forget set alone, the gradient clipped, until ``stop_at`` of its training samples are right."""
+
+    name = "gradient_ascent"
+    epochs: float = 10.0
+    lr: float = 1e-2
+    momentum: float = 0.0
+    batch: int = 128
+    max_norm: float = 1.0
+    stop_at: float = 0.03
+
+    def __post_init__(self):
+        _positive(self, "epochs", "lr", "batch")
+
+    def start(self, model, data, loss, seed):
+        return _Ascent(self, model, data, loss, seed)
+
+
+class _Ascent(_Sgd):
+    def objective(self, k, row):
+        return -self.batch_losses(self.data.forget, k, self.config.batch, row).mean()
+
+
+@dataclass
+class NegGradPlus:
+    """NegGrad+ (Kurmanji et al., NeurIPS 2023): β L_r − (1−β) L_f, the forget loss clipped as in stage 1."""
+
+    name = "neggrad"
+    beta: float = 0.95
+    clip: float = 10.0
+    epochs: float = 10.0
+    lr: float = 1e-2
+    momentum: float = 0.9
+    batch: int = 128
+    retain_batch: int = 256
+    max_norm: float = 1.0
+    stop_at: float = 0.0
+
+    def __post_init__(self):
+        _positive(self, "epochs", "lr", "batch", "retain_batch")
+
+    def start(self, model, data, loss, seed):
+        return _NegGrad(self, model, data, loss, seed)
+
+
+class _NegGrad(_Sgd):
+    def objective(self, k, row):
+        c = self.config
+        retain = self.retain_losses(k, c.retain_batch, row)
+        forget = self.batch_losses(self.data.forget, k, c.batch, row)
+        return c.beta * retain.mean() - (1 - c.beta) * (weights.clipped(forget, c.clip) * forget).sum()
+
+
+@dataclass
+class RandomLabels:
+    """Random labels (Golatkar et al., CVPR 2020): descend on the retain set and on the forget set with wrong labels.
+
+    Wrong labels are drawn among the other classes, once for each sample, from the seed.
+    """
+
+    name = "random_label"
+    epochs: float = 10.0
+    lr: float = 1e-2
+    momentum: float = 0.9
+    batch: int = 128
+    retain_batch: int = 256
+    max_norm: float = 0.0
+    stop_at: float = 0.0
+
+    def __post_init__(self):
+        _positive(self, "epochs", "lr", "batch", "retain_batch")
+
+    def start(self, model, data, loss, seed):
+        return _RandomLabels(self, model, data, loss, seed)
+
+
+class _RandomLabels(_Sgd):
+    def objective(self, k, row):
+        c, forget = self.config, self.data.forget
+        retain = self.retain_losses(k, c.retain_batch, row)
+        rows = forget.rows(k, c.batch)
+        x, y = forget.take(rows)
+        output = self.model(x)
+        classes = output.shape[1]
+        if not hasattr(self, "shift"):
+            self.shift = torch.randint(1, classes, (len(forget),), generator=torch.Generator().manual_seed(self.seed))
+        wrong = (y + self.shift[rows].to(y.device)) % classes
+        losses = self.checked(self.loss(output, wrong), len(y), "forget")
+        row["loss_forget"] = losses.detach().mean()
+        self.recent = torch.cat([self.recent[1:], (output.argmax(1) == y).float().mean()[None].cpu()])
+        return retain.mean() + losses.mean()
+
+
+@dataclass
+class Retrain:
+    """Train anew on the retain set only: what forgetting would be if training were free (the gold standard).
+
+    Every module is reset by its own ``reset_parameters``; a model with parameters of its own that have none is refused.
+    """
+
+    name = "retrain"
+    epochs: int = 3
+    lr: float = 3e-3
+    batch: int = 128
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        _positive(self, "epochs", "lr", "batch")
+
+    def start(self, model, data, loss, seed):
+        return _Retrain(self, model, data, loss, seed)
+
+
+class _Retrain(Process):
+    @property
+    def stages(self):
+        return [("retrain", 1)]
+
+    def take_step(self, stage, k):
+        reset(self.model, self.seed)
+        sets = [s.take(torch.arange(len(s))) for s in self.data.retain]
+        x, y = (torch.cat([s[i] for s in sets]) for i in (0, 1))
+        c = self.config
+        history = fit(
+            self.model, x, y, epochs=c.epochs, lr=c.lr, batch_size=c.batch, seed=self.seed, weight_decay=c.weight_decay
+        )
+        return {"epoch": c.epochs, "loss_remote": history[-1]}
+
+
+def reset(model: torch.nn.Module, seed: int) -> None:
+    """Fresh parameters for every module, from the seed."""
+    for name, module in model.named_modules():
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        if own and not hasattr(module, "reset_parameters"):
+            raise ValueError(f"model: module {name!r} ({type(module).__name__}) has parameters {own} but no reset_parameters; "
+                             "give it one, or retrain outside")  # fmt: skip
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()

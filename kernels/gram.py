@@ -1,0 +1,235 @@
+"""gram: K_ij = <G_i, G'_j> of per-sample gradients, from the layer factors; specification in reference/gram.py.
+
+rows    t = 1: (A A'ᵀ)∘(B B'ᵀ), all layers of a model in one grouped launch through a pointer table
+pairs   small t: the same with every pair of positions, summed inside a tile of pairs and never written out
+tiles   large t: tiles of per-sample gradients through an L2-resident scratch (kernels/tiles.py)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, layer, table, tiles, tune
+from .launch import cdiv
+from .layer import Layer, Side, row_offsets
+from .pairs import products
+from .table import pointer
+
+PAIRS = {
+    2: [dict(BM=64, BN=128, BK=32, num_warps=8, num_stages=4), dict(BM=64, BN=128, BK=64, num_warps=8, num_stages=3)],
+    4: [dict(BM=32, BN=64, BK=32, num_warps=8, num_stages=2), dict(BM=64, BN=64, BK=16, num_warps=8, num_stages=2)],
+}
+COLUMNS = 10  # of the rows' table: a, b, a2, b2, their four strides, d_in, d_out
+
+
+@triton.jit
+def _rows(
+    table, partial, layers, per_split, n, m, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """partial[split] (n, m) = Σ over this split's layers of (A A2ᵀ)∘(B B2ᵀ).
+
+    Bytes: (n + m)(d_in + d_out) an operand and layer, re-read by each row of tiles (L2).
+    FLOPs: 2nm(d_in + d_out) a layer, half when symmetric.  Limit: tensor cores at n ≥ 512, else bandwidth.
+    Fraction reached: not yet run on a GPU.
+    """
+    cols = tl.cdiv(m, BN)
+    i0, j0 = (tl.program_id(0) // cols) * BM, (tl.program_id(0) % cols) * BN
+    if SYMMETRIC:
+        if j0 + BN <= i0:
+            return
+    i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
+    im, jm = i < n, j < m
+    acc = tl.zeros((BM, BN), tl.float32)
+    start = tl.program_id(1) * per_split
+    for l in range(start, min(start + per_split, layers)):
+        row = table + l * 10
+        a, b, a2, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        sa, sb, sa2, sb2 = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+        d_in, d_out = tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32)
+        if ALIGNED:  # what argument specialisation says of an ordinary call
+            sa, sb = tl.multiple_of(sa, 16), tl.multiple_of(sb, 16)
+            sa2, sb2 = tl.multiple_of(sa2, 16), tl.multiple_of(sb2, 16)
+            d_in, d_out = tl.multiple_of(d_in, 16), tl.multiple_of(d_out, 16)
+        x, y = pointer(a, DTYPE, ALIGNED), pointer(a2, DTYPE, ALIGNED)
+        pa = products(x, i * sa, im, y, j * sa2, jm, table, d_in, False, 1, PREC, BM, BN, BK)
+        x, y = pointer(b, DTYPE, ALIGNED), pointer(b2, DTYPE, ALIGNED)
+        pb = products(x, i * sb, im, y, j * sb2, jm, table, d_out, False, 1, PREC, BM, BN, BK)
+        acc += pa * pb
+    at = tl.program_id(1).to(tl.int64) * n * m + i.to(tl.int64)[:, None] * m + j[None, :]
+    tl.store(partial + at, acc, mask=im[:, None] & jm[None, :])
+
+
+@triton.jit
+def _pairs(
+    a, b, a2, b2, ids, ids2, rows, columns, out, n, m, t, s, d_in, d_out,
+    a_sample, a_position, b_sample, b_position, a2_sample, a2_position, b2_sample, b2_position,
+    groups, a_group, b_group, padding_idx,
+    SYMMETRIC: tl.constexpr, MATCH: tl.constexpr, TABLED: tl.constexpr, VEC: tl.constexpr, PREC: tl.constexpr,
+    TB: tl.constexpr, SB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[i, j] = Σ_ts <a_it, a2_js><b_it, b2_js>; MATCH (a lookup table): [ids_it = ids2_js] in the first one's place.
+
+    A tile holds BM/TB samples × TB positions by BN/SB × SB; the sum over positions is taken inside the tile, once.
+    Bytes: out, and the factors once per row of tiles (L2).  FLOPs: 2·nm·ts·(d_in + d_out), half when symmetric
+    (tiles below the diagonal return at once; the others are stored twice).  Limit: tensor cores; MATCH skips blocks
+    without an equal pair.  Fraction reached: not yet run on a GPU.
+    """
+    SI: tl.constexpr = BM // TB
+    SJ: tl.constexpr = BN // SB
+    cols = tl.cdiv(m, SJ)
+    i0, j0 = (tl.program_id(0) // cols) * SI, (tl.program_id(0) % cols) * SJ
+    if SYMMETRIC:
+        if j0 + SJ <= i0:
+            return
+    r, q = tl.arange(0, BM), tl.arange(0, BN)
+    i, j = (i0 + r // TB).to(tl.int64), (j0 + q // SB).to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for t0 in range(0, t, TB):
+        tr = t0 + r % TB
+        rm = (i < n) & (tr < t)
+        for s0 in range(0, s, SB):
+            sq = s0 + q % SB
+            qm = (j < m) & (sq < s)
+            bo, bo2 = i * b_sample + tr.to(tl.int64) * b_position, j * b2_sample + sq.to(tl.int64) * b2_position
+            if MATCH:
+                left = tl.load(ids + i * t + tr, mask=rm, other=padding_idx)
+                right = tl.load(ids2 + j * s + sq, mask=qm, other=padding_idx)
+                same = (left[:, None] == right[None, :]) & (rm & (left != padding_idx))[:, None] & qm[None, :]
+                if tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
+                    pb = products(b, bo, rm, b2, bo2, qm, columns, d_out, False, 1, PREC, BM, BN, BK)
+                    acc += tl.where(same, pb, 0.0)
+            else:
+                ao = i * a_sample + row_offsets(rows, tr, rm, a_position, TABLED, VEC)
+                ao2 = j * a2_sample + row_offsets(rows, sq, qm, a2_position, TABLED, VEC)
+                for g in range(0, groups):
+                    pa = products(
+                        a + g * a_group, ao, rm, a2 + g * a_group, ao2, qm, columns, d_in, TABLED, VEC, PREC, BM, BN, BK
+                    )
+                    pb = products(
+                        b + g * b_group, bo, rm, b2 + g * b_group, bo2, qm, columns, d_out, False, 1, PREC, BM, BN, BK
+                    )
+                    acc += pa * pb
+    k = tl.sum(tl.reshape(acc, (BM, SJ, SB)), 2)
+    k = tl.sum(tl.reshape(k, (SI, TB, SJ)), 1)
+    i, j = (i0 + tl.arange(0, SI)).to(tl.int64)[:, None], (j0 + tl.arange(0, SJ)).to(tl.int64)[None, :]
+    mask = (i < n) & (j < m)
+    if SYMMETRIC:
+        mask = mask & (j >= i)
+        tl.store(out + j * m + i, k, mask=mask)
+    tl.store(out + i * m + j, k, mask=mask)
+
+
+@launch.on_device
+def gram_rows_grouped(pairs: list, others: list | None = None) -> Tensor:
+    """Σ over layers of (A Aᵀ)∘(B Bᵀ), every layer in one launch (and one more that adds the splits in order).
+
+    pairs: (a (n, d_in), b (n, d_out)) for each layer, widths free, one dtype; others: the same for m samples, or None.
+    Returns (n, m) float32.
+    """
+    a, b = pairs[0]
+    symmetric = others is None
+    n, m = a.shape[0], (pairs if symmetric else others)[0][0].shape[0]
+    values, aligned, kept = [], True, []
+    for left, right in zip(pairs, pairs if symmetric else others):
+        four = [x if x.stride(1) == 1 or x.shape[1] == 1 and x.is_contiguous() else x.contiguous() for x in (*left, *right)]
+        kept += four  # copies must outlive the launch
+        strides, widths = [x.stride(0) for x in four], [left[0].shape[1], left[1].shape[1]]
+        values += [*(x.data_ptr() for x in four), *strides, *widths]
+        aligned &= all(x.data_ptr() % 16 == 0 for x in four) and all(v % 16 == 0 for v in strides + widths)
+    if 0 in (n, m):
+        return a.new_zeros(n, m, dtype=torch.float32)
+    cfg = tune.config("rows", PAIRS[a.element_size()], str(a.dtype))
+    programs = cdiv(n, cfg["BM"]) * cdiv(m, cfg["BN"])
+    count = launch.splits(programs // 2 if symmetric else programs, len(pairs), a)
+    per = cdiv(len(pairs), count)
+    count = cdiv(len(pairs), per)
+    partial = a.new_empty(count, n, m, dtype=torch.float32)
+    _rows[(programs, count)](
+        table.table(values, a.device), partial, len(pairs), per, n, m, DTYPE=launch.TL[a.dtype], ALIGNED=aligned,
+        SYMMETRIC=symmetric, PREC=launch.precision(a.dtype), **cfg,
+    )  # fmt: skip
+    return tiles.finish(partial, symmetric)
+
+
+def pair_blocks(t: int, s: int, bm: int, bn: int) -> tuple[int, int]:
+    """Positions of one sample in a tile: all of them if they fit (padded to a power of two), else the whole tile."""
+    return launch.power_of_2(t, high=bm), launch.power_of_2(s, high=bn)
+
+
+def _launch_pairs(shape: Layer, left: Side, right: Side | None, ids=None, ids2=None, padding_idx=-1) -> Tensor:
+    other = left if right is None else right
+    out = left.b.new_empty(left.n, other.n, dtype=torch.float32)
+    if 0 in (left.n, other.n):
+        return out
+    if 0 in (left.t, other.t):
+        return out.zero_()
+    cfg = tune.config("pairs", PAIRS[left.b.element_size()], str(left.b.dtype))
+    tb, sb = pair_blocks(left.t, other.t, cfg["BM"], cfg["BN"])
+    programs = cdiv(left.n, cfg["BM"] // tb) * cdiv(other.n, cfg["BN"] // sb)
+    match = ids is not None
+    _pairs[(programs,)](
+        left.a, left.b, other.a, other.b, ids if match else left.b, ids2 if match else left.b, *shape.tables(left.b), out,
+        left.n, other.n, left.t, other.t, shape.d_in, shape.d_out,
+        left.a_sample, left.a_position, left.b_sample, left.b_position,
+        other.a_sample, other.a_position, other.b_sample, other.b_position,
+        shape.groups, shape.a_group, shape.b_group, padding_idx,
+        SYMMETRIC=right is None, MATCH=match, TABLED=shape.tabled, VEC=shape.vec,
+        PREC=launch.precision(left.b.dtype), TB=tb, SB=sb, **cfg,
+    )  # fmt: skip
+    return out
+
+
+def _empty(shape: Layer, left: Side, right: Side | None) -> Tensor | None:
+    """The result where there is nothing to contract."""
+    other = left if right is None else right
+    if 0 in (left.n, other.n, left.t, other.t, shape.d_in, shape.d_out):
+        return left.b.new_zeros(left.n, other.n, dtype=torch.float32)
+    return None
+
+
+@launch.on_device
+def gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None, route: str = "tiles") -> Tensor:
+    shape, left = layer.linear(a, b)
+    right = None if a2 is None else layer.side(a2, b2)
+    if (nothing := _empty(shape, left, right)) is not None:
+        return nothing
+    if route == "rows":
+        return gram_rows_grouped(
+            [(left.a[:, 0], left.b[:, 0])], None if right is None else [(right.a[:, 0], right.b[:, 0])]
+        )
+    return _launch_pairs(shape, left, right) if route == "pairs" else tiles.gram(shape, left, right)
+
+
+@launch.on_device
+def gram_conv(
+    x: Tensor, g: Tensor, kernel_size, stride, padding, dilation, groups: int,
+    x2: Tensor | None = None, g2: Tensor | None = None, route: str = "tiles",
+) -> Tensor:  # fmt: skip
+    shape, left = layer.conv(x, g, kernel_size, stride, padding, dilation, groups)
+    right = None if x2 is None else layer.conv_side(x2, g2, padding)
+    if (nothing := _empty(shape, left, right)) is not None:
+        return nothing
+    return _launch_pairs(shape, left, right) if route == "pairs" else tiles.gram(shape, left, right)
+
+
+@launch.on_device
+def gram_embedding(
+    ids: Tensor, b: Tensor, ids2: Tensor | None = None, b2: Tensor | None = None, padding_idx: int = -1
+) -> Tensor:
+    left = layer.side(b, b)
+    right = None if ids2 is None else layer.side(b2, b2)
+    ids = ids.contiguous()
+    return _launch_pairs(
+        Layer(0, b.shape[-1]), left, right, ids, ids if ids2 is None else ids2.contiguous(), padding_idx
+    )
+
+
+def refuse(op: str, *args) -> str | None:
+    if op == "gram_conv":
+        x, g, x2, g2 = *args[:2], *(args[7:9] or (None, None))
+        if x2 is not None and x2.shape[2:] != x.shape[2:]:
+            return f"inputs of two sizes, {tuple(x.shape[2:])} and {tuple(x2.shape[2:])}, need two offset tables"
+        return launch.refuse_factors(x, g, x2, g2)
+    return launch.refuse_factors(*args[:4])

@@ -1,0 +1,65 @@
+"""The error rule: at most twice the error that plain PyTorch makes in the same dtype, both against float64."""
+
+import sys
+from contextlib import contextmanager
+
+import torch
+from entangle_fast import reference
+from torch import Tensor
+
+ROOMS = ("combine", "gram", "project", "sample_loss", "sqnorm", "w2", "per_sample")
+FLOOR = 4  # roundings of the output's own dtype that are always allowed: plain PyTorch may be exact by luck
+
+
+@contextmanager
+def plain_precision():
+    """The reference as plain PyTorch: computed in the dtype of its input, nothing accumulated wider."""
+    rooms = [sys.modules[f"{reference.__name__}.{name}"] for name in ROOMS]
+    kept = [room.accumulate_dtype for room in rooms]
+    for room in rooms:
+        room.accumulate_dtype = lambda *xs: xs[0].dtype
+    try:
+        yield
+    finally:
+        for room, old in zip(rooms, kept):
+            room.accumulate_dtype = old
+
+
+def exact(x):
+    """Floats as float64, through lists."""
+    if isinstance(x, (list, tuple)):
+        return [exact(y) for y in x]
+    return x.to(torch.float64, copy=True) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def error(x: Tensor, want: Tensor, plain: bool = False) -> float:
+    if not want.numel():
+        return 0.0
+    finite = torch.isfinite(want)
+    if plain and not torch.equal(torch.isfinite(x), finite):
+        return float("inf")  # plain PyTorch overflows in this dtype
+    assert torch.equal(torch.isfinite(x), finite), "not finite where the exact result is, or the other way round"
+    return float(torch.where(finite, x.double() - want, 0).abs().max())
+
+
+def agree(got, plain, want, what: str = "", eps: float = 0.0) -> None:
+    """got, plain: outputs or lists of them; want: the same from float64; eps: of the dtype that limits them, if wider."""
+    many = isinstance(want, (list, tuple))
+    for part, (x, y, z) in enumerate(zip(got, plain, want) if many else [(got, plain, want)]):
+        assert x.shape == z.shape, f"{what}[{part}]: shape {tuple(x.shape)}, needs {tuple(z.shape)}"
+        size = float(torch.where(torch.isfinite(z), z, 0).abs().max()) if z.numel() else 0.0
+        allowed = 2 * error(y.to(x.dtype), z, plain=True) + FLOOR * max(eps, torch.finfo(x.dtype).eps) * size
+        assert error(x, z) <= allowed, f"{what}[{part}]: error {error(x, z):.2e}, allowed {allowed:.2e}, size {size:.2e}"
+
+
+def check(module, op: str, *args) -> None:
+    """kernels.<module>.<op> on ``args`` obeys the rule; its output has the dtype that the reference gives."""
+    assert module.refuse(op, *args) is None
+    got, ordinary = getattr(module, op)(*args), getattr(reference, op)(*args)
+    with plain_precision():
+        plain = getattr(reference, op)(*args)
+    for x, y in zip(*([(got,), (ordinary,)] if isinstance(got, Tensor) else [got, ordinary])):
+        assert x.dtype == y.dtype
+    # where plain PyTorch is right by luck, on outputs of few elements: a sixteenth of its input's rounding, four times
+    eps = max(torch.finfo(x.dtype).eps for x in args if isinstance(x, Tensor) and x.is_floating_point()) / 16
+    agree(got, plain, getattr(reference, op)(*map(exact, args)), op, eps)

@@ -1,0 +1,123 @@
+"""gram, sqnorm, project, combine."""
+
+import pytest
+import torch
+from entangle_fast import reference
+from entangle_fast.kernels import combine, gram, project, sqnorm, tiles
+
+from rule import agree, check
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1, 2), (5, 1, 33, 151), (7, 3, 40, 24), (2, 129, 20, 151), (129, 2, 8, 12), (0, 3, 5, 4), (3, 0, 5, 4)]
+CONVS = [  # x, g, kernel, stride, padding, dilation, groups
+    ((3, 4, 7, 7), (3, 6, 4, 4), [3, 3], [2, 2], [1, 1], [1, 1], 1),
+    ((3, 4, 9), (3, 6, 5), [3], [1], [0], [2], 2),
+    ((2, 2, 3, 5, 4), (2, 2, 3, 5, 4), [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 1),
+    ((2, 32, 5, 5), (2, 32, 5, 5), [3, 3], [1, 1], [1, 1], [1, 1], 2),
+]
+
+
+def factors(n, t, d_in, d_out, dtype=torch.float32):
+    a, b = torch.randn(n, t, d_in), torch.randn(n, t, d_out)
+    return a.to(dtype), b.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear(shape, dtype):
+    n, t, d_in, d_out = shape
+    a, b = factors(*shape, dtype)
+    other = factors(3, t + 1, d_in, d_out, dtype)
+    for route in ("pairs", "tiles", *(["rows"] if t == 1 else [])):
+        check(gram, "gram", a, b, None, None, route)
+        if route == "rows":
+            other = factors(3, 1, d_in, d_out, dtype)
+        check(gram, "gram", a, b, *other, route)
+    check(sqnorm, "sqnorm", a, b)
+    check(combine, "combine", a, b, torch.randn(2, n))
+    for k in (0, 1, 3):
+        check(project, "project", a, b, torch.randn(k, d_out, d_in).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CONVS)
+def test_convolutions(case, dtype):
+    x, g = torch.randn(case[0]).to(dtype), torch.randn(case[1]).to(dtype)
+    shape = case[2:]
+    for route in ("pairs", "tiles"):
+        check(gram, "gram_conv", x, g, *shape, None, None, route)
+        check(gram, "gram_conv", x, g, *shape, x[:1].flip(2), g[:1], route)
+    check(sqnorm, "sqnorm_conv", x, g, *shape)
+    check(combine, "combine_conv", x, g, torch.randn(2, len(x)), *shape)
+    basis = torch.randn(3, g.shape[1], x.shape[1] // shape[-1], *shape[0]).to(dtype)
+    check(project, "project_conv", x, g, basis, *shape[1:])
+
+
+@pytest.mark.parametrize("padding_idx", [-1, 2])
+def test_lookups(padding_idx):
+    ids, b = torch.randint(0, 9, (5, 19)), torch.randn(5, 19, 13)
+    ids2, b2 = torch.randint(0, 9, (2, 129)), torch.randn(2, 129, 13)
+    ids2[0] = 2
+    check(gram, "gram_embedding", ids, b, None, None, padding_idx)
+    check(gram, "gram_embedding", ids, b, ids2, b2, padding_idx)
+    check(gram, "gram_embedding", ids[:, :0], b[:, :0], None, None, padding_idx)
+    for x, y in ((ids, b), (ids2, b2.bfloat16()), (ids[:0], b[:0])):
+        check(sqnorm, "sqnorm_embedding", x, y, padding_idx)
+        check(combine, "combine_embedding", x, y, torch.randn(2, len(x)), 9, padding_idx)
+        check(project, "project_embedding", x, y, torch.randn(3, 9, 13).to(y.dtype), padding_idx)
+
+
+def test_layouts_that_are_not_contiguous():
+    a, b = torch.randn(6, 40, 9).mT, torch.randn(6, 1, 5).expand(6, 9, 5)  # transposed; expanded over positions
+    sliced = torch.randn(12, 9, 80)[::2, :, 3:43]
+    for x in (a, sliced):
+        check(gram, "gram", x, b, None, None, "pairs")
+        check(gram, "gram", x, b, None, None, "tiles")
+        check(combine, "combine", x, b, torch.randn(6, 2).T)
+        check(project, "project", x, b, torch.randn(2, 40, 5).mT)
+        check(sqnorm, "sqnorm", x, b)
+    check(gram, "gram", sliced[:, 0], b[:, 0], None, None, "rows")
+
+
+def test_rows_of_all_layers_in_one_launch():
+    layers = [(torch.randn(9, d), torch.randn(9, e)) for d, e in ((33, 5), (64, 64), (1, 151))]
+    others = [(torch.randn(4, a.shape[1]), torch.randn(4, b.shape[1])) for a, b in layers]
+    want = sum(reference.gram(a.double(), b.double(), route="rows") for a, b in layers)
+    plain = sum(reference.gram(a, b, route="rows") for a, b in layers)
+    agree(gram.gram_rows_grouped(layers), plain, want)
+    pairs = [(*p, *q) for p, q in zip(layers, others)]
+    want = sum(reference.gram(*[x.double() for x in p], route="rows") for p in pairs)
+    agree(gram.gram_rows_grouped(layers, others), sum(reference.gram(*p, route="rows") for p in pairs), want)
+
+
+def test_a_symmetric_gram_is_symmetric_to_the_bit_and_the_same_every_time():
+    a, b = factors(70, 3, 20, 24, torch.bfloat16)
+    for route in ("pairs", "tiles"):
+        k = gram.gram(a, b, None, None, route)
+        assert torch.equal(k, k.T)
+        assert torch.equal(k, gram.gram(a, b, None, None, route))
+
+
+def test_a_scratch_of_many_chunks(monkeypatch):
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 4 * 3 * 128 * 130)
+    a, b = factors(3, 5, 300, 129)
+    assert len(list(tiles.chunks(3, tiles.Layer(300, 129), 4))) > 4
+    check(gram, "gram", a, b, None, None, "tiles")
+    check(project, "project", a, b, torch.randn(2, 129, 300))
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("shape", [(5, 1, 33, 17), (7, 3, 40, 24)])
+def test_random_directions_are_those_of_the_reference(shape, kind):
+    a, b = factors(*shape)
+    check(project, "project_random", a, b, 3, -5, 2**40 + 3, kind)
+    check(project, "project_random", a.bfloat16(), b.bfloat16(), 2, 7, 0, kind)
+
+
+def test_refusals_name_the_reason():
+    a, b = factors(2, 2, 3, 4)
+    assert "float64" in gram.refuse("gram", a.double(), b.double(), None, None, "pairs")
+    assert "two dtypes" in sqnorm.refuse("sqnorm", a, b.bfloat16())
+    assert "w: dtype" in combine.refuse("combine", a, b, torch.zeros(1, 2, dtype=torch.float64))
+    assert "basis: dtype" in project.refuse("project", a, b, torch.zeros(1, 4, 3, dtype=torch.float64))
+    assert "must be on one device" in gram.refuse("gram", a, b.to("meta"), None, None, "pairs")

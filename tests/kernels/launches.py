@@ -1,0 +1,222 @@
+"""Compiles for GPUs that are not there: records what the wrappers launch, then hands exactly that to triton.compile.
+
+``python launches.py`` prints registers, spills and shared memory of every launch on every target.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes one block may have
+OPTIONS = ("num_warps", "num_stages")
+
+
+def record(calls) -> list[tuple]:
+    """(kernel, arguments by name, options) of every launch that ``calls()`` makes; nothing runs."""
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    found = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        bound = dict(zip(self.arg_names, args))
+        bound.update({k: v for k, v in kwargs.items() if k in self.arg_names})
+        found.append((self, bound, {k: kwargs[k] for k in OPTIONS if k in kwargs}))
+        for x in bound.values():
+            if isinstance(x, torch.Tensor):
+                x.zero_()  # nothing was computed: wrappers that read a count back must read none
+
+    kept, JITFunction.run = JITFunction.run, run
+    try:
+        calls()
+    finally:
+        JITFunction.run = kept
+    return found
+
+
+def _source(kernel, bound):
+    """The specialisation that a launch with these arguments gets: types, ones, multiples of 16."""
+    import torch
+    from triton.compiler import ASTSource
+
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+             torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "i1"}  # fmt: skip
+    signature, constants, attrs = {}, {}, {}
+    for at, param in enumerate(kernel.params):
+        value = bound[param.name]
+        if param.is_constexpr:
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = f"*{names[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                attrs[(at,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float) or param.annotation_type == "fp64":
+            signature[param.name] = param.annotation_type or "fp32"
+        elif value == 1 and not param.do_not_specialize:
+            signature[param.name], constants[param.name] = "constexpr", 1
+        else:
+            signature[param.name] = param.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
+            if value % 16 == 0 and not param.do_not_specialize:
+                attrs[(at,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attrs)
+
+
+def compile_for(target: str, launch):
+    """The compiled kernel, and registers, bytes spilled (registers on AMD) and shared memory of one launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel, bound, options = launch
+    built = triton.compile(_source(kernel, bound), target=GPUTarget(*TARGETS[target]), options=options)
+    registers, spills = _resources(target, built)
+    return built, {"registers": registers, "spills": spills, "shared": built.metadata.shared}
+
+
+def _resources(target, built):
+    if target == "gfx942":
+        text = built.asm["amdgcn"]
+        return tuple(int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
+        cubin.write_bytes(built.asm["cubin"])
+        text = _run(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        registers, stack = int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+        if not stack:
+            return registers, 0
+        # a stack also serves the range reduction of sin and cos: ask ptxas what of it is spills
+        ptx.write_text(built.asm["ptx"])
+        ptxas = os.environ.get("TRITON_PTXAS_PATH") or tools / "ptxas-blackwell"  # the newer of the two that ship
+        arch = re.search(r"\.target (\w+)", built.asm["ptx"])[1]
+        text = _run(ptxas, "-v", f"-arch={arch}", ptx, "-o", "/dev/null")
+        return registers, max(int(x) for x in re.findall(r"(\d+) bytes spill stores", text))
+
+
+def _run(*command) -> str:
+    done = subprocess.run(list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+    return done.stdout
+
+
+def workloads() -> dict:
+    """Name → calls that launch every kernel in the shapes that choose its main specialisation."""
+    import torch
+    from entangle_fast.kernels import combine, gram, project, sample_loss, sqnorm, step, w2
+
+    def factors(n, t, d_in, d_out, dtype):
+        return torch.zeros(n, t, d_in, dtype=dtype), torch.zeros(n, t, d_out, dtype=dtype)
+
+    def conv(dtype):
+        return torch.zeros(16, 64, 16, 16, dtype=dtype), torch.zeros(16, 64, 16, 16, dtype=dtype)
+
+    shape = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+
+    def matrices(dtype):
+        def run():
+            rows, few, many = factors(128, 1, 64, 64, dtype), factors(32, 16, 64, 64, dtype), factors(16, 64, 64, 64, dtype)
+            x, g = conv(dtype)
+            w = torch.zeros(2, 16)
+            gram.gram(*rows, route="rows")
+            gram.gram(*few, route="pairs")
+            gram.gram(*many, route="tiles")
+            gram.gram(*many, *many, route="tiles")
+            gram.gram_conv(x, g, *shape, route="tiles")
+            gram.gram_conv(x, g, *shape, route="pairs")
+            sqnorm.sqnorm(*few)
+            sqnorm.sqnorm(*many)
+            sqnorm.sqnorm(*rows)
+            sqnorm.sqnorm_conv(x, g, *shape)
+            combine.combine(*many, w)
+            combine.combine_conv(x, g, w, *shape)
+            project.project(*many, torch.zeros(1, 64, 64, dtype=dtype))
+            project.project(*many, torch.zeros(16, 64, 64))
+            for kind in ("sign", "gaussian"):
+                project.project_random(*many, 16, seed=2**40, kind=kind)
+
+        return run
+
+    def lookups(dtype):
+        def run():
+            ids, b = torch.zeros(16, 64, dtype=torch.int64), torch.zeros(16, 64, 64, dtype=dtype)
+            gram.gram_embedding(ids, b)
+            sqnorm.sqnorm_embedding(ids, b)
+            combine.combine_embedding(ids, b, torch.zeros(2, 16), 128)
+            project.project_embedding(ids, b, torch.zeros(2, 128, 64, dtype=dtype))
+
+        return run
+
+    def losses(dtype):
+        def run():
+            logits, target = torch.zeros(4, 32, 4096, dtype=dtype), torch.zeros(4, 32, dtype=torch.int64)
+            loss, ce, lse = sample_loss.sample_loss(logits, target, 1.0)
+            sample_loss.sample_loss_backward(loss, logits, target, ce, lse, 1.0)
+
+        return run
+
+    def distances(dtype):
+        def run():
+            x = torch.zeros(4096, dtype=dtype)
+            w2.w2_sorted(x, x)
+            w2.w2_moments(x, x)
+
+        return run
+
+    def steps(dtype):
+        def run():
+            p = [torch.zeros(4096, dtype=dtype), torch.zeros(64, 64, dtype=dtype)]
+            m = [torch.zeros_like(x, dtype=torch.float32) for x in p]
+            for k in (2, 4):
+                step.step_gram(p * k, k)
+            for noise in (0.0, 0.1):
+                step.step_update(p, m, p, p * 2, torch.zeros(2), 0.1, 0.9, 0.01, noise)
+            step.step_lookahead_undo(p, p, *step.step_lookahead(p, p, 0.1), 0.1)
+            index = torch.zeros(1, 2, dtype=torch.int64)
+            ulps = [torch.zeros_like(x, dtype=torch.int8) for x in p]
+            step.step_lookahead_undo(p, p, ulps, index, torch.zeros(1, dtype=torch.float64), 0.1)
+
+        return run
+
+    out = {}
+    for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
+        for kind in (matrices, lookups, losses, distances, steps):
+            out[f"{kind.__name__}-{name}"] = kind(dtype)
+    for kind in (losses, distances, steps):
+        out[f"{kind.__name__}-fp64"] = kind(torch.float64)
+    return out
+
+
+def unique(launches):
+    """One launch for each kernel and specialisation."""
+    seen = {}
+    for launch in launches:
+        source = _source(launch[0], launch[1])
+        seen.setdefault((launch[0].fn.__module__, source.hash(), str(launch[2])), launch)
+    return list(seen.values())
+
+
+def label(launch) -> str:
+    kernel, bound, _ = launch
+    flags = [k for k in ("TABLED", "MATCH", "SYMMETRIC", "GAUSSIAN", "NOISE", "WRITE", "MEAN") if bound.get(k)]
+    pointers = {str(x.dtype).removeprefix("torch.") for x in bound.values() if hasattr(x, "data_ptr")}
+    kind = str(bound.get("P") or bound.get("DTYPE") or "/".join(sorted(p for p in pointers if "float" in p)))
+    return " ".join([kernel.fn.__module__.rsplit(".", 1)[-1] + kernel.fn.__name__, kind, *flags])
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    for name, calls in workloads().items():
+        if wanted and name not in wanted:
+            continue
+        for launch in unique(record(calls)):
+            row = {target: compile_for(target, launch)[1] for target in TARGETS}
+            print(f"{label(launch):50s}", json.dumps({t: [*r.values()] for t, r in row.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

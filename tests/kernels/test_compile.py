@@ -1,0 +1,69 @@
+"""Every launch the wrappers make, compiled for GPUs that are not there: no spills, shared memory that fits, wgmma."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels were imported to be interpreted; nothing can be compiled"
+)
+
+import launches  # noqa: E402
+
+WORKLOADS = ["matrices", "lookups", "losses", "distances", "steps"]
+DTYPES = ["bf16", "fp16", "fp32", "fp64"]
+QUICK = {("bf16", "sm_80"), ("bf16", "sm_90"), ("bf16", "sm_100"), ("bf16", "gfx942")}  # the rest takes minutes
+# kernels whose inner step is a tensor-core product; the row norms and finishing kernels have none
+MATRIX = {"_rows", "_pairs", "_form", "_accumulate", "_tile_norms", "_combine", "_random"}
+
+
+def cases():
+    for kind in WORKLOADS:
+        for dtype in DTYPES:
+            if dtype == "fp64" and kind in ("matrices", "lookups"):
+                continue  # refused: no tensor-core path
+            for target in launches.TARGETS:
+                slow = () if (dtype, target) in QUICK else (pytest.mark.slow,)
+                yield pytest.param(f"{kind}-{dtype}", target, marks=slow, id=f"{kind}-{dtype}-{target}")
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    loads, found = launches.workloads(), {}
+
+    def get(name):
+        if name not in found:
+            found[name] = launches.unique(launches.record(loads[name]))
+        return found[name]
+
+    return get
+
+
+@pytest.mark.parametrize("workload, target", cases())
+def test_default_configurations_compile_without_spills(recorded, workload, target):
+    assert recorded(workload)
+    for launch in recorded(workload):
+        built, found = launches.compile_for(target, launch)
+        name = f"{launches.label(launch)} on {target}"
+        assert found["spills"] == 0, f"{name}: {found['spills']} bytes of spills at {found['registers']} registers"
+        assert found["shared"] <= launches.SHARED[target], f"{name}: {found['shared']} bytes of shared memory"
+        if target == "sm_90" and launch[0].fn.__name__ in MATRIX and "fp32" not in workload:
+            assert "wgmma.mma_async" in built.asm["ptx"], f"{name}: no wgmma"
+
+
+def test_contractions_load_sixteen_bytes_at_a_time(recorded):
+    """The alignment hints of pointer tables and offset tables arrive: without them every load is of one element."""
+    for launch in recorded("matrices-bf16") + recorded("steps-bf16"):
+        if launch[0].fn.__name__ in MATRIX | {"_update", "_lookahead"}:
+            ptx = launches.compile_for("sm_90", launch)[0].asm["ptx"]
+            wide = "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
+            assert wide, f"{launches.label(launch)}: loads of single elements"
+
+
+def test_a_table_by_kernel_arguments_compiles():
+    import torch
+    from entangle_fast.kernels import table
+
+    found = launches.record(lambda: table.write_by_arguments([2**40] * 3, torch.device("cpu")))
+    assert launches.compile_for("sm_90", found[0])[1]["spills"] == 0
