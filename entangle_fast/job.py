@@ -98,7 +98,7 @@ class Result:
 def unlearn(
     model: nn.Module, *, forget, adjacent, remote, method=None, test=None, loss=sample_cross_entropy, seed: int = 0,
     out=None, resume: bool = False, progress: bool = True, checkpoint_every: int = 50, eval_every: int = 0,
-    allow_overlap: bool = False,
+    augment=None, allow_overlap: bool = False,
 ) -> Result:  # fmt: skip
     """Make a trained model forget some samples while keeping those that are entangled with them.
 
@@ -113,6 +113,7 @@ def unlearn(
         out: folder to write to; checkpoints every ``checkpoint_every`` steps, the full record at the end.
         resume: continue the run whose checkpoint lies in ``out``, to the bit; without one start anew.
         progress: show a progress bar.  eval_every: steps between accuracies in the history; 0: only at stage ends.
+        augment: (x, generator) → x, applied to training batches (tasks.RandomShift).
         allow_overlap: do not refuse samples that are in two sets.
 
     Returns: a Result.
@@ -126,7 +127,7 @@ def unlearn(
     method = Entangled() if method is None else method
     _refuse_bad_parameters(model)
     device = next(model.parameters()).device
-    data = Data.of(forget, adjacent, remote, device, seed, allow_overlap=allow_overlap)
+    data = Data.of(forget, adjacent, remote, device, seed, augment=augment, allow_overlap=allow_overlap)
     _refuse_bad_labels(model, data, loss)
     run = _Run(model, method, data, test, loss, seed, out, checkpoint_every, eval_every)
     return run.go(resume, progress)

@@ -20,7 +20,11 @@ PAIRS = {
     2: [dict(BM=64, BN=128, BK=32, num_warps=8, num_stages=4), dict(BM=64, BN=128, BK=64, num_warps=8, num_stages=3)],
     4: [dict(BM=32, BN=64, BK=32, num_warps=8, num_stages=2), dict(BM=64, BN=64, BK=16, num_warps=8, num_stages=2)],
 }
-COLUMNS = 10  # of the rows' table: a, b, a2, b2, their four strides, d_in, d_out
+# matching ids keeps a block of comparisons beside the two of products: smaller tiles, no spills
+LOOKUP = {
+    2: [dict(BM=64, BN=64, BK=32, num_warps=8, num_stages=4), dict(BM=32, BN=64, BK=64, num_warps=4, num_stages=3)],
+    4: [dict(BM=32, BN=64, BK=32, num_warps=8, num_stages=2), dict(BM=32, BN=32, BK=32, num_warps=4, num_stages=2)],
+}
 
 
 @triton.jit
@@ -29,6 +33,8 @@ def _rows(
     PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial[split] (n, m) = Σ over this split's layers of (A A2ᵀ)∘(B B2ᵀ).
+
+    A table row holds ten integers: the addresses of a, b, a2, b2, their four strides between samples, d_in, d_out.
 
     Bytes: (n + m)(d_in + d_out) an operand and layer, re-read by each row of tiles (L2).
     FLOPs: 2nm(d_in + d_out) a layer, half when symmetric.  Limit: tensor cores at n ≥ 512, else bandwidth.
@@ -97,7 +103,7 @@ def _pairs(
                 left = tl.load(ids + i * t + tr, mask=rm, other=padding_idx)
                 right = tl.load(ids2 + j * s + sq, mask=qm, other=padding_idx)
                 same = (left[:, None] == right[None, :]) & (rm & (left != padding_idx))[:, None] & qm[None, :]
-                if tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
+                if tl.max(same.to(tl.int32)) > 0:
                     pb = products(b, bo, rm, b2, bo2, qm, columns, d_out, False, 1, PREC, BM, BN, BK)
                     acc += tl.where(same, pb, 0.0)
             else:
@@ -165,10 +171,11 @@ def _launch_pairs(shape: Layer, left: Side, right: Side | None, ids=None, ids2=N
         return out
     if 0 in (left.t, other.t):
         return out.zero_()
-    cfg = tune.config("pairs", PAIRS[left.b.element_size()], str(left.b.dtype))
+    match = ids is not None
+    configs = (LOOKUP if match else PAIRS)[left.b.element_size()]
+    cfg = tune.config("lookup" if match else "pairs", configs, str(left.b.dtype))
     tb, sb = pair_blocks(left.t, other.t, cfg["BM"], cfg["BN"])
     programs = cdiv(left.n, cfg["BM"] // tb) * cdiv(other.n, cfg["BN"] // sb)
-    match = ids is not None
     _pairs[(programs,)](
         left.a, left.b, other.a, other.b, ids if match else left.b, ids2 if match else left.b, *shape.tables(left.b), out,
         left.n, other.n, left.t, other.t, shape.d_in, shape.d_out,

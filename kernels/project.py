@@ -21,7 +21,7 @@ ROWS = {
     4: [dict(BM=64, BO=64, BK=32, num_warps=4, num_stages=2), dict(BM=32, BO=64, BK=32, num_warps=4, num_stages=2)],
 }
 RANDOM = {
-    2: [dict(BM=64, BN=64, BK=64, num_warps=4, num_stages=2), dict(BM=128, BN=32, BK=64, num_warps=4, num_stages=2)],
+    2: [dict(BM=64, BN=32, BK=64, num_warps=4, num_stages=2), dict(BM=64, BN=64, BK=64, num_warps=8, num_stages=2)],
     4: [dict(BM=64, BN=32, BK=32, num_warps=4, num_stages=2), dict(BM=32, BN=64, BK=32, num_warps=4, num_stages=2)],
 }
 
@@ -116,7 +116,7 @@ def _lookup(
             mask = rm[:, None] & (e < d)[None, :]
             u = tl.load(b + bo[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
             acc += u * tl.load(basis + do[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + i * tl.num_programs(1) + k, tl.sum(tl.sum(acc, 1), 0))
+    tl.store(out + i * tl.num_programs(1) + k, tl.sum(acc))
 
 
 def _by_rows(shape: Layer, s: Side, basis: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def _pair_norms(
             u, v = a + g * a_group, b + g * b_group
             pa = products(u, ao, rm, u, ao2, qm, columns, d_in, TABLED, VEC, PREC, TB, TB, BK)
             acc += pa * products(v, bo, rm, v, bo2, qm, columns, d_out, False, 1, PREC, TB, TB, BK)
-    total = tl.sum(tl.sum(acc, 1), 0)
+    total = tl.sum(acc)
     tl.store(at, tl.where(s0 > t0, 2.0, 1.0) * total)
 
 
@@ -78,7 +78,7 @@ def _tile_norms(
         a + i * a_sample + g * a_group, b + i * b_sample + g * b_group, rows, columns, o, o < d_out, c, c < d_in, t,
         a_position, b_position, TABLED, VEC, PREC, BO, BC, BT,
     )  # fmt: skip
-    tl.store(partial + i * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(acc * acc, 1), 0))
+    tl.store(partial + i * tl.num_programs(0) + tl.program_id(0), tl.sum(acc * acc))
 
 
 @triton.jit

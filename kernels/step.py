@@ -316,7 +316,7 @@ def step_update(
             group.rows, coef, *group.stretch(), lr, beta, 1 - lr * weight_decay, noise, *philox.key(seed, offset),
             P=launch.TL[dp], M=launch.TL[dm or dp], G=launch.TL[dg], D=launch.TL[dd[0] if dd else dp], ACC=launch.TL[acc],
             K=k, MOMENTUM=dm is not None, NOISE=bool(noise), ALIGNED=aligned, COLUMNS=group.columns,
-            CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
+            CHUNK=CHUNK, BLOCK=BLOCK * 4 // acc.itemsize, num_warps=4,
         )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 // The engines behind gram, sqnorm and project: which piece of which samples each thread forms, packs and multiplies.
 //
-// Per-sample gradients exist only as panels of a few megabytes, in buffers that are kept between calls. Every output
-// cell belongs to one thread and is summed in one order, so results do not depend on the number of threads.
+// Per-sample gradients exist only as panels of a few megabytes, in buffers that are kept between calls. Sums are taken
+// in a fixed order: a given number of threads always gives the same bits, another number the same up to rounding.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "factors.h"
 #include "scratch.h"
@@ -12,6 +13,7 @@ namespace ef::cpu {
 namespace {
 
 constexpr int64_t kPanelBytes = 8LL << 20;        // panels of one tile: between L2 and L3
+constexpr int64_t kPartialCells = 8LL << 20;      // of all threads' own sums together
 constexpr int64_t kRightBytes = 16LL << 20;       // packed right-hand positions
 constexpr int64_t kLeftRows = 64;                 // left-hand positions that meet a right panel while it is in L2
 
@@ -25,26 +27,58 @@ template <class T> void pack_rows(const Contract<T>& k, const T* rows, int64_t d
            panels + r / k.width * k.width * d, r % k.width);
 }
 
-// form the pieces [first, last) of all samples as panels of `cells` elements a row
-template <class T>
-void form_panels(const Gradients<T>& x, size_t first, size_t last, int64_t cells, T* panels) {
+struct Stretch {  // pieces [first, last) of all samples, `cells` elements a row together
+  size_t first, last;
+  int64_t cells, widest;
+};
+
+template <class T> Stretch stretch(const Gradients<T>& x, size_t first, size_t stop, int64_t budget) {
+  Stretch s{first, first, 0, 0};
+  for (; s.last < stop && (s.last == first || s.cells + x.pieces[s.last].cells <= budget); ++s.last) {
+    s.cells += x.pieces[s.last].cells;
+    s.widest = std::max(s.widest, x.pieces[s.last].cells);
+  }
+  return s;
+}
+
+// form and pack tasks [begin, end) of a stretch; task q: group of samples q / pieces, piece q % pieces
+template <class T> void form_panels(const Gradients<T>& x, const Stretch& s, int64_t begin, int64_t end, T* panels) {
   const auto& k = contract_of<T>();
-  const int64_t groups = up(x.n, k.width) / k.lanes, count = last - first;
-  std::vector<int64_t> start;
-  int64_t widest = 0, total = 0;
-  for (size_t p = first; p < last; ++p) start.push_back(total), total += x.pieces[p].cells, widest = std::max(widest, x.pieces[p].cells);
-  const int64_t ld = widest + 16 * k.per;  // off the power of two, or 16 rows share one cache set
-  torch::stable::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
-    T* rows = (T*)scratch(Slot::rows, k.lanes * ld * sizeof(T));
-    void* work = scratch(Slot::work, x.work());
-    x.prepare(work);
-    for (int64_t q = begin; q < end; ++q) {
-      const Piece& piece = x.pieces[first + q % count];
-      const int64_t i0 = q / count * k.lanes, many = std::clamp<int64_t>(x.n - i0, 0, k.lanes);
-      for (int64_t i = 0; i < many; ++i) x.form(i0 + i, piece, rows + i * ld, work);
-      k.pack(rows, ld / k.per, many, piece.cells / k.per, panels + (i0 / k.width * cells + start[q % count]) * k.width, i0 % k.width);
+  const int64_t count = s.last - s.first, ld = s.widest + 16 * k.per;  // off the power of two, or rows share a cache set
+  T* rows = (T*)scratch(Slot::rows, k.lanes * ld * sizeof(T));
+  void* work = scratch(Slot::work, x.work());
+  x.prepare(work);
+  std::vector<int64_t> start(count + 1, 0);
+  for (int64_t p = 0; p < count; ++p) start[p + 1] = start[p] + x.pieces[s.first + p].cells;
+  for (int64_t q = begin; q < end; ++q) {
+    const Piece& piece = x.pieces[s.first + q % count];
+    const int64_t i0 = q / count * k.lanes, many = std::clamp<int64_t>(x.n - i0, 0, k.lanes);
+    for (int64_t i = 0; i < many; ++i) x.form(i0 + i, piece, rows + i * ld, work);
+    k.pack(rows, ld / k.per, many, piece.cells / k.per,
+           panels + (i0 / k.width * s.cells + start[q % count]) * k.width, i0 % k.width);
+  }
+}
+
+template <class T> int64_t form_tasks(const Gradients<T>& x, const Stretch& s) {
+  const auto& k = contract_of<T>();
+  return up(x.n, k.width) / k.lanes * (s.last - s.first);
+}
+
+// where the pieces can be dealt out evenly: the first piece of each thread, and the end; empty otherwise
+template <class T> std::vector<size_t> deal(const Gradients<T>& x, int64_t threads) {
+  std::vector<size_t> first{0};
+  int64_t total = 0, sum = 0, worst = 0, begin = 0;
+  for (const Piece& p : x.pieces) total += p.cells;
+  for (size_t p = 0; p < x.pieces.size(); ++p) {
+    if ((int64_t)first.size() < threads && sum + x.pieces[p].cells / 2 >= total * (int64_t)first.size() / threads && p > first.back()) {
+      worst = std::max(worst, sum - begin), begin = sum;
+      first.push_back(p);
     }
-  });
+    sum += x.pieces[p].cells;
+  }
+  worst = std::max(worst, sum - begin);
+  first.push_back(x.pieces.size());
+  return worst * threads <= total + total / 8 ? first : std::vector<size_t>();
 }
 
 }  // namespace
@@ -57,19 +91,54 @@ template <class T, class Acc> void contract_tiles(const Gradients<T>& x, const G
   for (int64_t i = 0; i < np; i += k.width)
     for (int64_t j = 0; j < (symmetric ? i + 1 : m); j += k.width)
       for (int64_t r = i; r < std::min(i + k.width, n); r += k.rows) tiles.push_back(r / k.rows), tiles.push_back(j / k.width);
-  const int64_t budget = std::clamp<int64_t>(kPanelBytes / ((symmetric ? np : np + mp) * (int64_t)sizeof(T)), 2048, 16384);
-  for (size_t first = 0, last; first < x.pieces.size(); first = last) {
-    int64_t cells = 0;
-    for (last = first; last < x.pieces.size() && (last == first || cells + x.pieces[last].cells <= budget); ++last)
-      cells += x.pieces[last].cells;
-    T* left = (T*)scratch(Slot::panels, np * cells * sizeof(T));
-    T* right = symmetric ? left : (T*)scratch(Slot::other_panels, mp * cells * sizeof(T));
-    form_panels(x, first, last, cells, left);
-    if (!symmetric) form_panels(*y, first, last, cells, right);
-    const int64_t units = cells / k.per;
-    torch::stable::parallel_for(0, tiles.size() / 2, 1, [&](int64_t begin, int64_t end) {
-      k.gram(left, right, units * k.width, units, tiles.data(), begin, end, out, m, n, m);
+  const int64_t count = tiles.size() / 2;
+  auto budget = [&](int64_t bytes) {  // cells of a row
+    return std::clamp<int64_t>(bytes / ((symmetric ? np : np + mp) * (int64_t)sizeof(T)), 2048, 16384);
+  };
+  auto panels = [&](const Stretch& s) {
+    T* left = (T*)scratch(Slot::panels, np * s.cells * sizeof(T));
+    return std::pair<T*, T*>(left, symmetric ? left : (T*)scratch(Slot::other_panels, mp * s.cells * sizeof(T)));
+  };
+
+  // each thread its own pieces and its own sum: no waiting for one another until the end
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<size_t> first = n * m * threads <= kPartialCells ? deal(x, threads) : std::vector<size_t>();
+  if (!first.empty()) {
+    const int64_t parts = first.size() - 1;
+    Acc* partial = parts > 1 ? (Acc*)scratch(Slot::partial, (parts - 1) * n * m * sizeof(Acc)) : nullptr;
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        Acc* sum = part ? partial + (part - 1) * n * m : out;
+        if (part) std::memset((void*)sum, 0, n * m * sizeof(Acc));
+        for (size_t p = first[part]; p < first[part + 1];) {
+          const Stretch s = stretch(x, p, first[part + 1], budget(2 * kPanelBytes / threads));
+          const auto [left, right] = panels(s);
+          form_panels(x, s, 0, form_tasks(x, s), left);
+          if (!symmetric) form_panels(*y, s, 0, form_tasks(*y, s), right);
+          k.gram(left, right, s.cells / k.per * k.width, s.cells / k.per, tiles.data(), 0, count, sum, m, n, m);
+          p = s.last;
+        }
+      }
     });
+    torch::stable::parallel_for(0, parts > 1 ? n * m : 0, 1 << 15, [&](int64_t begin, int64_t end) {
+      for (int64_t part = 0; part + 1 < parts; ++part)
+        for (int64_t c = begin; c < end; ++c) out[c] += partial[part * n * m + c];
+    });
+    return;
+  }
+
+  // few pieces, or a large Gram: all threads on the samples of one stretch, then on the cells of the Gram
+  for (size_t p = 0; p < x.pieces.size();) {
+    const Stretch s = stretch(x, p, x.pieces.size(), budget(kPanelBytes));
+    const auto [left, right] = panels(s);
+    T *into = left, *other = right;
+    torch::stable::parallel_for(0, form_tasks(x, s), 1, [&](int64_t begin, int64_t end) { form_panels(x, s, begin, end, into); });
+    if (!symmetric)
+      torch::stable::parallel_for(0, form_tasks(*y, s), 1, [&](int64_t begin, int64_t end) { form_panels(*y, s, begin, end, other); });
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      k.gram(into, other, s.cells / k.per * k.width, s.cells / k.per, tiles.data(), begin, end, out, m, n, m);
+    });
+    p = s.last;
   }
 }
 

@@ -7,7 +7,8 @@ namespace ef::cpu {
 namespace {
 
 constexpr int64_t kRows = 32, kColumns = 128;     // a piece of a linear layer's gradient: 16 samples of it stay in L2
-constexpr int64_t kConvColumns = 256;             // kernel elements in a piece of a convolution's
+constexpr int64_t kConvColumns = 256;             // most kernel elements in a piece of a convolution's
+constexpr int64_t kConvLeast = 64;                // least: each piece transposes g once
 
 int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -116,10 +117,13 @@ template <class T> ConvGradients<T>::ConvGradients(const T* x_, const T* g_, con
   const int64_t width = s.c_in / s.groups * s.volume(), rows = s.c_out / s.groups;
   units = padded.runs * ((padded.length + k.per - 1) / k.per);
   channels = 0;
+  // enough pieces for all threads
+  const int64_t share = width * ((rows + k.width - 1) / k.width) * s.groups / (2 * (int64_t)torch::stable::get_num_threads());
+  const int64_t most = std::clamp(up(share, k.rows), kConvLeast, kConvColumns);
   for (int64_t group = 0; group < s.groups; ++group)
     for (int64_t o = 0; o < rows; o += k.width)
-      for (int64_t j = 0; j < width; j += kConvColumns) {
-        const int64_t columns = std::min(kConvColumns, width - j);
+      for (int64_t j = 0; j < width; j += most) {
+        const int64_t columns = std::min(most, width - j);
         this->pieces.push_back({o, std::min<int64_t>(k.width, rows - o), j, columns, columns * k.width, group});
         channels = std::max(channels, (j + columns - 1) / s.volume() - j / s.volume() + 1);
       }

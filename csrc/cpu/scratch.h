@@ -5,7 +5,7 @@
 
 namespace ef::cpu {
 
-enum class Slot { panels, other_panels, rows, work, count };
+enum class Slot { panels, other_panels, rows, work, partial, count };
 
 // at least `bytes` long, 64-byte aligned, contents undefined; valid until this thread asks for the same slot again
 void* scratch(Slot slot, size_t bytes);

@@ -289,15 +289,34 @@ def _written(c):
     there = next(((x, p) for x, p in c.placed if x is value), None)
     if there is None:
         return mine if mine is not None else c.lost("writes at places that the batch decides")
-    index = c.args[1] if isinstance(c.args[1], tuple) else (c.args[1],)
-    fits = [d for d, s in enumerate(target.shape) if s == there[1].size(c.n)]
-    touched = [k for k, i in enumerate(index) if not (isinstance(i, slice) and i == slice(None))]
-    if mine is not None and there[1].outer == mine.outer and there[1].inner == mine.inner:
-        if mine.axis not in touched and (mine.axis == there[1].axis == 0 or len(fits) == 1):
-            return mine
-    if mine is None and fits and (len(fits) == 1 or fits[0] == 0 == there[1].axis) and fits[0] not in touched and Ellipsis not in touched:
-        return there[1].at(fits[0])
-    return c.lost("writes samples to places that are not known")
+    axis = _axis_written(target, c.args[1], there[0].dim() - there[1].axis)
+    if axis is None or (mine is not None and mine != there[1].at(axis)):
+        return c.lost("writes samples to places that are not known")
+    return there[1].at(axis)
+
+
+def _axis_written(target: Tensor, index, tail: int) -> int | None:
+    """Which dimension of ``target`` the value's dimension ``tail`` (from the right) fills, through an index of integers,
+    slices, None and …; None where it is cut, or the index is another."""
+    index = list(index) if isinstance(index, tuple) else [index]
+    if any(not (i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int) for i in index):
+        return None
+    used = sum(i is not None and i is not Ellipsis for i in index)
+    rest = [slice(None)] * (target.dim() - used)
+    at = next((k for k, i in enumerate(index) if i is Ellipsis), None)
+    index = index + rest if at is None else index[:at] + rest + index[at + 1 :]
+    left, d = [], 0  # dimensions of target[index]: the dimension of target, and whether it is whole
+    for i in index:
+        if i is None:
+            left.append((None, True))
+            continue
+        if isinstance(i, slice):
+            left.append((d, i.indices(target.shape[d]) == (0, target.shape[d], 1)))
+        d += 1
+    if tail > len(left):
+        return None
+    axis, whole = left[-tail]
+    return axis if whole else None
 
 
 @follows("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "baddbmm", "addmm", "dot", "inner", "addbmm")

@@ -31,6 +31,7 @@ class Places:
 
     def put(self, x: Tensor, place) -> None:
         self._at[id(x)] = (weakref.ref(x), place)
+        self._constants.pop(id(x), None)
 
     def forget(self, x: Tensor) -> None:
         self._at.pop(id(x), None)
@@ -73,7 +74,7 @@ class Places:
             for y in tensors_in(out):
                 if self._repeats_constants(name, inputs, y):
                     self.put(y, Place(self.tape.batch_dim or 0, soft=True))
-                elif not self.called and all(self.is_constant(x) or x in self.tape.sources for x in inputs):
+                elif not self.called and (inputs or name in _MADE) and all(map(self._says_nothing, inputs)):
                     self._constants[id(y)] = weakref.ref(y)
                 else:
                     self.forget(y)
@@ -86,6 +87,9 @@ class Places:
             if isinstance(place, Place) and place.soft and y.requires_grad:
                 place = replace(place, soft=False)  # a parameter came in: now it matters whose row it is
             self.forget(y) if place is None else self.put(y, place)
+
+    def _says_nothing(self, x: Tensor) -> bool:
+        return self.is_constant(x) or x in self.tape.sources
 
     def _repeats_constants(self, name: str, inputs: list[Tensor], y: Tensor) -> bool:
         """Were the same constants given to each of the n samples? (token types, positions expanded to the batch)"""
@@ -110,6 +114,7 @@ class Places:
             if len(rows) == 1 and len({type(p) for _, p in placed}) == 1:
                 return Row(rows.pop())
             others = any(isinstance(p, Place) for _, p in placed) or name not in ("stack", "cat")
+            others = others or name == "stack"  # not all samples, or not in their order
             mixed = others and any(x.requires_grad for x, p in placed if isinstance(p, Row))
             return Lost(f"{name}(…) joins tensors of single samples", mixed)
         place = FOLLOW.get(name, FOLLOW["*"])(Call(name, args, kwargs, placed, y, k, out, n))
@@ -134,6 +139,7 @@ class Places:
         return Lost(f"{name}(…) leaves {tuple(y.shape)}, in which the {n} samples cannot be found")
 
 
+_MADE = {"arange", "linspace", "eye", "zeros", "ones", "full", "empty", "tril_indices", "triu_indices"}  # from nothing
 _FILLED = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"}
 _GROWING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__ior__", "__iand__"}

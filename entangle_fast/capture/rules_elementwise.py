@@ -97,7 +97,7 @@ def _prelu(tape, func, args, kwargs):
     x, weight = bind(*args, **kwargs)
     slope = weight.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 2 and weight.numel() > 1 else weight
     tape.sources.derive(Tensor.view, [weight], slope)
-    return F.relu(x) - multiply_parameter(tape, like(tape, x, F.relu(-x)), slope)
+    return (F.relu(x) - multiply_parameter(tape, like(tape, x, F.relu(-x)), slope)).to(x.dtype)
 
 
 _GROWING = {"expand", "expand_as", "repeat", "broadcast_to", "tile", "repeat_interleave"}

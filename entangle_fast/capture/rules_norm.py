@@ -76,11 +76,12 @@ def _mixed(tape, x, *params) -> bool:
 def _affine(tape, x, y, weight, bias):
     """y, normalised x, scaled and shifted."""
     like(tape, x, y)
+    dtype = y.dtype  # float32 weights do not widen a norm's result
     if weight is not None:
         y = like(tape, x, multiply_parameter(tape, y, weight) if weight in tape.sources else y * weight)
     if bias is not None:
         y = add_parameter(tape, y, bias) if bias in tape.sources else y + bias
-    return y
+    return y.to(dtype)
 
 
 class _ChannelNorm(torch.autograd.Function):

@@ -15,6 +15,7 @@ from .layout import Layout
 from .mode import CaptureMode
 from .place import Lost, Place
 from .places import Places
+from .rules_norm import refuse_batch_statistics
 from .sources import Source, Sources, tensors_in
 
 STREAMABLE = ("gram", "sqnorms", "combine")
@@ -219,6 +220,11 @@ class Tape:
             seen.add(node)
             variable = getattr(node, "variable", None)
             anchored = anchored or variable is self.anchor
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                raise CaptureError(
+                    "activation checkpointing with use_reentrant=True hides its parameters; use "
+                    "torch.utils.checkpoint.checkpoint(…, use_reentrant=False)"
+                )
             if variable is not None and id(variable) in watched:
                 raise CaptureError(
                     f"parameter {watched[id(variable)]!r} reaches the losses through code that capture cannot see (a custom "
@@ -429,6 +435,9 @@ def _count_samples(tape: Tape) -> Callable:
     """A forward pre-hook that notes the batch: its size, and the tensors that carry it."""
 
     def look(module, args, kwargs):
+        for m in module.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.training:
+                refuse_batch_statistics(None, training=True)  # before it counts this batch in its buffers
         for x in tensors_in(args, kwargs):
             if x.dim() == 0 or x in tape.sources or tape.places.get(x) is not None:
                 continue

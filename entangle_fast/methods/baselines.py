@@ -56,7 +56,7 @@ class _Sgd(Process):
         return {"epoch": (k + 1) * size / len(samples), **row}
 
     def batch_losses(self, samples, k, size, row) -> Tensor:
-        x, y = samples.take(samples.rows(k, size))
+        _, x, y = samples.batch(k, size)
         output = self.model(x)
         losses = self.checked(self.loss(output, y), len(y), samples.name)
         row[f"loss_{samples.name}"] = losses.detach().mean()
@@ -195,8 +195,7 @@ class _RandomLabels(_Sgd):
     def objective(self, k, row):
         c, forget = self.config, self.data.forget
         retain = self.retain_losses(k, c.retain_batch, row)
-        rows = forget.rows(k, c.batch)
-        x, y = forget.take(rows)
+        rows, x, y = forget.batch(k, c.batch)
         output = self.model(x)
         classes = output.shape[1]
         if not hasattr(self, "shift"):
@@ -239,8 +238,9 @@ class _Retrain(Process):
         x, y = (torch.cat([s[i] for s in sets]) for i in (0, 1))
         c = self.config
         history = fit(
-            self.model, x, y, epochs=c.epochs, lr=c.lr, batch_size=c.batch, seed=self.seed, weight_decay=c.weight_decay
-        )
+            self.model, x, y, epochs=c.epochs, lr=c.lr, batch_size=c.batch, seed=self.seed, weight_decay=c.weight_decay,
+            augment=self.data.remote.augment,
+        )  # fmt: skip
         return {"epoch": c.epochs, "loss_remote": history[-1]}
 
 

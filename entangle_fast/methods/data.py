@@ -19,10 +19,11 @@ class SampleSet:
     Args:
         name: for messages.  data: (x, y) tensors, a torch Dataset of (x, y) pairs, or a DataLoader of one.
         device: where batches are put.  seed: fixes the order of the batches.
+        augment: (x, generator) → x, applied to training batches only; its draws are a function of seed and batch.
     """
 
-    def __init__(self, name: str, data, device, seed: int):
-        self.name, self.device, self.seed = name, torch.device(device), seed
+    def __init__(self, name: str, data, device, seed: int, augment=None):
+        self.name, self.device, self.seed, self.augment = name, torch.device(device), seed, augment
         if isinstance(data, DataLoader):
             data = data.dataset
         if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
@@ -50,6 +51,15 @@ class SampleSet:
         else:
             x, y = default_collate([self.dataset[i] for i in rows.tolist()])
         return x.to(self.device), y.to(self.device)
+
+    def batch(self, number: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Training batch ``number`` of the cycled set: (rows, x, y)."""
+        rows = self.rows(number, size)
+        x, y = self.take(rows)
+        if self.augment is not None:
+            own = (self.seed + NAMES.index(self.name)) * 1_000_003 + number
+            x = self.augment(x, torch.Generator().manual_seed(own))
+        return rows, x, y
 
     def rows(self, batch: int, size: int) -> Tensor:
         """Rows of batch number ``batch`` when the set is cycled in batches of ``size``, reshuffled at each pass."""
@@ -82,9 +92,9 @@ class Data:
     remote: SampleSet
 
     @classmethod
-    def of(cls, forget, adjacent, remote, device, seed: int, *, allow_overlap: bool = False) -> Data:
+    def of(cls, forget, adjacent, remote, device, seed: int, *, augment=None, allow_overlap: bool = False) -> Data:
         """Raises ValueError for empty sets, sets that share samples, or that differ in sample shape or label kind."""
-        made = [SampleSet(name, data, device, 1000 * seed) for name, data in zip(NAMES, (forget, adjacent, remote))]
+        made = [SampleSet(name, data, device, 1000 * seed, augment) for name, data in zip(NAMES, (forget, adjacent, remote))]
         if not allow_overlap:
             _refuse_overlap(made)
         return cls(*made)

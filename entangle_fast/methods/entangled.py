@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import weights
+from .. import ops, weights
 from ..capture import capture
 from ..optim import ProjectedMomentum
 from .process import Process
@@ -41,12 +41,14 @@ class Entangled:
         w2: "sorted" (the paper's), "moments" (Gaussian) or "features" (Bures, on the model's outputs).
         w2_set: "batch" ranks within the minibatch (the authors'); "whole" within the whole forget set, using each
             sample's latest loss, so that small batches do not bias it.
-        away_from: "means", the span of the two mean gradients (the paper's), or "samples", the span of every
-            per-sample gradient of the step's forget and remote samples.
+        away_from: "means", the span of the two mean gradients (the paper's); "samples", of every per-sample gradient
+            of the step's forget and remote samples; "forget_samples", of every forget sample's and the remote mean [ours].
         project: "momentum" projects the buffer and keeps it projected (the authors'); "gradient" the gradient only.
         ridge: added to the Gram; the authors add 1e-8 once per parameter tensor.
         epochs1, lr1: stage 1, Adam, in passes over the remote set.  mu, gamma, clip, penalty: see weights.lagrangian.
         epochs2, lr2, momentum: stage 2, SGD, in passes over the adjacent set.
+        max_norm2: the adjacent gradient is scaled down to this norm [ours]: after stage 1 it is huge, and what a step
+            undoes of the forgetting grows with the square of its length.
         *_batch1, *_batch2: samples a step; stage 2 sums up to batch_limit minibatches of forget and remote.
     """
 
@@ -55,7 +57,7 @@ class Entangled:
     forget_sign: Literal["paper", "code"] = "paper"
     w2: Literal["sorted", "moments", "features"] = "sorted"
     w2_set: Literal["batch", "whole"] = "batch"
-    away_from: Literal["means", "samples"] = "means"
+    away_from: Literal["means", "samples", "forget_samples"] = "means"
     project: Literal["momentum", "gradient"] = "momentum"
     ridge: float = 0.0
     epochs1: float = 1.0
@@ -87,7 +89,7 @@ class Entangled:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: got {self.momentum}; needs a number in [0, 1)")
         for name, known in (("forget_sign", ("paper", "code")), ("w2", ("sorted", "moments", "features")),
-                            ("w2_set", ("batch", "whole")), ("away_from", ("means", "samples")),
+                            ("w2_set", ("batch", "whole")), ("away_from", ("means", "samples", "forget_samples")),
                             ("project", ("momentum", "gradient"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; needs one of {', '.join(map(repr, known))}")
@@ -134,8 +136,8 @@ class EntangledProcess(Process):
 
     def _stage1(self, k):
         c = self.config
-        xf, yf = self.data.forget.take(self.data.forget.rows(k, c.forget_batch1))
-        xr, yr = self.data.remote.take(self.data.remote.rows(k, c.remote_batch1))
+        _, xf, yf = self.data.forget.batch(k, c.forget_batch1)
+        _, xr, yr = self.data.remote.batch(k, c.remote_batch1)
         both = self.loss(self.model(torch.cat([xf, xr])), torch.cat([yf, yr]))
         forget = self.checked(both[: len(yf)], len(yf), "forget")
         remote = self.checked(both[len(yf) :], len(yr), "remote")
@@ -164,8 +166,7 @@ class EntangledProcess(Process):
 
     def _stage2(self, k):
         c = self.config
-        rows = self.data.adjacent.rows(k, c.adjacent_batch2)
-        xa, ya = self.data.adjacent.take(rows)
+        _, xa, ya = self.data.adjacent.batch(k, c.adjacent_batch2)
         adjacent = self.losses(xa, ya, "adjacent")
         g_adjacent = self.gradient(adjacent.mean())
         row = {"epoch": (k + 1) * c.adjacent_batch2 / len(self.data.adjacent), "loss_adjacent": adjacent.detach().mean()}
@@ -197,14 +198,13 @@ class EntangledProcess(Process):
         return min(self.config.batch_limit, math.ceil(len(samples) / size))
 
     def _remote(self, batch: int):
-        x, y = self.data.remote.take(self.data.remote.rows(batch, self.config.remote_batch2))
+        _, x, y = self.data.remote.batch(batch, self.config.remote_batch2)
         losses = self.losses(x, y, "remote")
         return losses.mean(), {"loss_remote": losses.detach().mean()}
 
     def _forget(self, batch: int):
         """L̃_f = (1−α) (±L_f) + α W2² as Σ w_i ℓ_i."""
-        rows = self.data.forget.rows(batch, self.config.forget_batch2)
-        x, y = self.data.forget.take(rows)
+        rows, x, y = self.data.forget.batch(batch, self.config.forget_batch2)
         output = self.model(x)
         losses = self.checked(self.loss(output, y), len(y), "forget")
         w, seeds, distance = self._forget_weights(rows, losses, output)
@@ -229,21 +229,35 @@ class EntangledProcess(Process):
         return (plain, slope, distance) if c.w2 == "features" else (plain + slope, None, distance)
 
     def _away_from_samples(self, k, g_adjacent, row):
-        """V = the span of every forget and remote per-sample gradient of this step: k×k Gram, one combined gradient."""
+        """V = the span of the per-sample gradients of this step's forget samples and of the remote ones, or of their
+        mean: a k×k Gram, a solve, and one combined gradient; no per-sample gradient is formed."""
         c = self.config
-        batches = [(s, s.take(s.rows(k, size))) for s, size in
-                   ((self.data.forget, c.forget_batch2), (self.data.remote, c.remote_batch2))]  # fmt: skip
-        x, y = (torch.cat([b[i] for _, b in batches]) for i in (0, 1))
+        batches = [self.data.forget.batch(k, c.forget_batch2)]
+        if c.away_from == "samples":
+            batches.append(self.data.remote.batch(k, c.remote_batch2))
+            means = []
+        else:
+            means = [self._sum_of_minibatches(self._remote, k, row)]
+        x, y = (torch.cat([b[i] for b in batches]) for i in (1, 2))
         with capture(self.model) as tape:
             losses = self.loss(self.model(x), y)
             tape.backward(losses)
-        cut = len(batches[0][1][1])
-        for (samples, _), part in zip(batches, (losses[:cut], losses[cut:])):
-            row[f"loss_{samples.name}"] = self.checked(part.detach(), len(part), samples.name).mean()
-        # the direction that will be projected: m v + g
-        inner = tape.project([torch._foreach_add(torch._foreach_mul(self.sgd.buffers, self.sgd.carried), g_adjacent)])
-        coef = weights.project_onto(tape.gram(), inner[:, 0], ridge=c.ridge)
-        return self.sgd.step(g_adjacent, [tape.combine(coef.to(losses.dtype))], coef=coef.new_ones(1))
+        for name, part in zip(("forget", "remote"), losses.detach().split([len(b[2]) for b in batches])):
+            row[f"loss_{name}"] = self.checked(part, len(part), name).mean()
+        # what will be projected is m v + g
+        moved = torch._foreach_add(torch._foreach_mul(self.sgd.buffers, self.sgd.carried), g_adjacent)
+        inner = tape.project([moved, *means])
+        gram, rhs = tape.gram(), inner[:, 0]
+        if means:
+            ends = ops.step_gram([means[0], moved])
+            gram = torch.cat([torch.cat([gram, inner[:, 1:]], 1), torch.cat([inner[:, 1:].mT, ends[:1, :1]], 1)])
+            rhs = torch.cat([rhs, ends[0, 1:]])
+        coef = weights.project_onto(gram, rhs, ridge=c.ridge)
+        n = len(losses)
+        directions = [tape.combine(coef[:n].to(losses.dtype)), *means]
+        found = self.sgd.step(g_adjacent, directions, coef=torch.cat([coef.new_ones(1), coef[n:]]))
+        found.pop("cosine", None)  # the angle is between the two mean directions, which are not formed here
+        return found
 
     # ---- to be continued, and to be reported ----
 

@@ -41,7 +41,7 @@ def learning_rate(step, total, peak, warmup=0.1):
 
 
 def fit(model, x, y, *, epochs, lr, batch_size, seed, weight_decay=0.0, optimizer="adam", momentum=0.9,
-        progress=None, on_step=None):
+        augment=None, progress=None, on_step=None):
     """Train `model` in place on in-memory tensors with cross-entropy; returns the mean loss of each epoch (floats).
 
     x          (n, ...) inputs; y (n,) int64 labels; on any device, batches go to the model's.
@@ -50,6 +50,7 @@ def fit(model, x, y, *, epochs, lr, batch_size, seed, weight_decay=0.0, optimize
                lone sample reaches a BatchNorm.
     seed       >= 0; fixes the batch orders (see `batch_order`) and dropout. The global random state is left as found.
     optimizer  "adam" or "sgd" (`momentum` is SGD's). `weight_decay` is the L2 term of either.
+    augment    (x, generator) -> x, applied to each batch.
     progress   called after each epoch as progress(epoch, epochs, mean_loss), epoch from 1.
     on_step    called after each update as on_step(step, loss), step from 1; a true return value ends the training.
 
@@ -72,7 +73,10 @@ def fit(model, x, y, *, epochs, lr, batch_size, seed, weight_decay=0.0, optimize
             for rows in batch_order(len(x), seed, epoch).tensor_split(per_epoch):
                 for group in stepper.param_groups:
                     group["lr"] = learning_rate(step, epochs * per_epoch, lr)
-                loss = F.cross_entropy(model(x[rows.to(x.device)].to(device)), y[rows.to(y.device)].to(device))
+                batch = x[rows.to(x.device)].to(device)
+                if augment is not None:
+                    batch = augment(batch, torch.Generator().manual_seed(1_000_003 * seed + step))
+                loss = F.cross_entropy(model(batch), y[rows.to(y.device)].to(device))
                 step += 1
                 value = loss.item()
                 if not math.isfinite(value):

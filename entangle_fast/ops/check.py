@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -54,6 +55,8 @@ def conv_arguments(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation,
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
         value = [value] * nd if isinstance(value, int) else list(value)
         require(len(value) == nd, f"{name}: got {value}; needs {nd} integers for an input of {nd} sizes")
+        least = 0 if name == "padding" else 1
+        require(min(value) >= least, f"{name}: got {value}; needs integers >= {least}")
         spread.append(value)
     require(x.shape[0] == g.shape[0], f"g: {g.shape[0]} samples against {x.shape[0]} in x; both need the same n")
     require(groups >= 1 and x.shape[1] % groups == 0 and g.shape[1] % groups == 0,
@@ -72,6 +75,14 @@ def lookup(ids: Tensor, b: Tensor, names: str = "ids b") -> None:
     require(not ids.is_floating_point() and ids.dim() == 2 and b.dim() == 3 and ids.shape == b.shape[:2],
             f"{i}, {y}: got {tuple(ids.shape)} {ids.dtype} and {tuple(b.shape)}; need integers (n,t) and (n,t,d)")  # fmt: skip
     same_device(**{i: ids, y: b})
+
+
+def in_table(ids: Tensor, rows: int) -> None:
+    """Every id names a row. Looked at where that costs no synchronisation; elsewhere the kernels' own bounds hold."""
+    if type(ids) is not Tensor or ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    require(0 <= low and high < rows, f"ids: got {low if low < 0 else high}; needs row numbers in [0, {rows})")
 
 
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:

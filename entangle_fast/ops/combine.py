@@ -38,6 +38,7 @@ def combine_embedding(
 ) -> Tensor:
     """ids (n,t), b (n,t,d), w (m,n) → (m, num_embeddings, d)."""
     check.lookup(ids, b)
+    check.in_table(ids, num_embeddings)
     _weights(w, ids.shape[0])
     check.same_device(ids=ids, w=w)
     return call("combine_embedding", ids, b, w, num_embeddings, -1 if padding_idx is None else padding_idx)

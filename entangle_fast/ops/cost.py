@@ -1,24 +1,38 @@
 """The cost model: which of the three routes contracts a layer's factors into a Gram with the least time.
 
-Counted per layer, symmetric Grams at half the Gram work (one side n, other side m; positions t and s):
-  rows   t = s = 1: 2nm(d_in + d_out) FLOPs
-  pairs  2nm·ts(d_in + d_out) FLOPs, and two reads of nm·ts products
-  tiles  2(n·t [+ m·s])·d_in·d_out FLOPs to form gradients, then 2nm·d_in·d_out to contract them
+Counted per layer in multiply-add FLOPs of a whole register panel, symmetric Grams at half the Gram work
+(one side n, other side m; positions t and s; ⌈x⌉ rounds up to a panel of 32):
+  rows   t = s = 1: the same contraction as pairs
+  pairs  2⌈nt⌉⌈ms⌉(d_in + d_out), and the products read, multiplied and added; the factors packed
+  tiles  2(n·t [+ m·s])·d_in·d_out to form gradients, then 2⌈n⌉⌈m⌉·d_in·d_out to contract them
 """
 
 from __future__ import annotations
 
-# GEMM FLOPs that one element of a t×t product costs beside its dot products (write, read, multiply, add);
-# measured on the CPU, see bench/bench_routes.py
-PAIR_ELEMENT = 64.0
+# Measured on the CPU (bench/bench_routes.py), as FLOPs at the rate of the panel product
+FORM = 1.3  # a FLOP of forming gradients: short products, transposed afterwards
+PAIR_ELEMENT = 16.0  # an element of both position products: written, read, multiplied, added
+PACK_ELEMENT = 26.0  # an element of the factors, packed into panels
+TILES = 1.1  # the tiles route as a whole: panels that leave L2
+CALL = 2.5e6  # what a route costs with nothing to do
+PANEL = 32
+
+
+def _panels(x: int) -> int:
+    return -(-x // PANEL) * PANEL
 
 
 def costs(n: int, m: int, t: int, s: int, d_in: int, d_out: int, symmetric: bool) -> dict[str, float]:
     """FLOPs (and their equivalent in memory traffic) of "pairs" and "tiles" for one layer."""
-    half = 0.5 if symmetric else 1.0
-    pairs = half * n * m * t * s * (2 * (d_in + d_out) + PAIR_ELEMENT)
-    form = 2 * (n * t + (0 if symmetric else m * s)) * d_in * d_out
-    return {"pairs": pairs, "tiles": form + half * 2 * n * m * d_in * d_out}
+
+    def cells(left: int, right: int) -> float:  # of the output that are computed: the lower triangle with its diagonal
+        left, right = _panels(left), _panels(right)
+        return left * (left + PANEL) / 2 if symmetric else left * right
+
+    positions, width = n * t + (0 if symmetric else m * s), d_in + d_out
+    pairs = cells(n * t, m * s) * (2 * width + PAIR_ELEMENT) + PACK_ELEMENT * positions * width
+    tiles = 2 * d_in * d_out * (FORM * positions + cells(n, m))
+    return {"pairs": pairs + CALL, "tiles": TILES * (tiles + CALL)}
 
 
 def route(n: int, m: int, t: int, s: int, d_in: int, d_out: int, symmetric: bool) -> str:

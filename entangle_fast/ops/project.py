@@ -35,6 +35,7 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, *, padding_idx: int
     check.lookup(ids, b)
     check.require(basis.dim() == 3 and basis.shape[2] == b.shape[2],
                   f"basis: shape {tuple(basis.shape)}; needs (k, num_embeddings, {b.shape[2]})")  # fmt: skip
+    check.in_table(ids, basis.shape[1])
     check.same_device(ids=ids, basis=basis)
     return call("project_embedding", ids, b, basis, -1 if padding_idx is None else padding_idx)
 

@@ -44,6 +44,7 @@ def sample_loss(
     check.require(logits.dim() == target.dim() + 1,
                   f"logits: shape {tuple(logits.shape)} for target {tuple(target.shape)}; needs one more dimension, the "
                   "classes")  # fmt: skip
+    check.require(logits.is_floating_point(), f"logits: dtype {logits.dtype} is not a floating-point one; convert with .float()")
     check.same_device(logits=logits, target=target)
     _validate(tuple(logits.shape[:-1]), target, clip, penalty, label_smoothing, reduction, "logits")
     return call("sample_loss", logits, target, clip, penalty, ignore_index, label_smoothing, reduction)[0]

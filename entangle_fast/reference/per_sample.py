@@ -58,10 +58,10 @@ def conv(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation, groups: i
     """
     n, c_in, c_out = x.shape[0], x.shape[1], g.shape[1]
     dtype = accumulate_dtype(x, g)
-    positions = g[0, 0].numel() if n else 0
+    positions, width = g.shape[2:].numel(), c_in // groups * torch.Size(kernel_size).numel()
     cols = windows(x.to(dtype), kernel_size, stride, padding, dilation)
     extra = [slice(None)] * (2 + len(kernel_size)) + [slice(0, s) for s in g.shape[2:]]
-    cols = cols[tuple(extra)].reshape(n, groups, -1, positions)  # (n, G, C_in/G·k, T)
+    cols = cols[tuple(extra)].reshape(n, groups, width, positions)  # (n, G, C_in/G·k, T)
     g = g.to(dtype).reshape(n, groups, c_out // groups, positions)
     out = torch.einsum("ngot,ngkt->ngok", g, cols)
     return out.reshape(n, c_out, c_in // groups, *kernel_size)

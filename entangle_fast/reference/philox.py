@@ -16,7 +16,8 @@ _M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFF
 
 def _blocks(first: int, count: int, seed: int, offset: int, device) -> list[Tensor]:
     index = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    c = [index & _MASK, index >> 32, torch.full_like(index, offset & _MASK), torch.full_like(index, offset >> 32)]
+    high = (offset >> 32) & _MASK
+    c = [index & _MASK, (index >> 32) & _MASK, torch.full_like(index, offset & _MASK), torch.full_like(index, high)]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c[0] * _M0, c[2] * _M1  # wraps modulo 2^64, which is what is wanted

@@ -26,10 +26,14 @@ def sample_loss(
     x = logits.to(accumulate_dtype(logits))
     lse = x.logsumexp(-1)
     ce = _reduce(_position_loss(x, target, lse, ignore_index, label_smoothing), target, ignore_index, reduction)
-    loss = ce - penalty / (ce + PENALTY_EPS) if penalty else ce
+    return _clipped(ce, clip, penalty), ce, lse
+
+
+def _clipped(ce, clip, penalty):
+    loss = ce - penalty / (ce + PENALTY_EPS) if penalty else ce.clone()
     if math.isfinite(clip):  # value kept, gradient cut
         loss = torch.where(ce.detach() < clip, loss, loss.detach())
-    return loss.clone() if loss is ce else loss, ce, lse
+    return loss
 
 
 def _position_loss(x, target, lse, ignore_index, label_smoothing):
@@ -90,8 +94,7 @@ def linear_sample_loss(
         lse[lo:hi] = x.logsumexp(-1)
         position[lo:hi] = _position_loss(x, ids[lo:hi], lse[lo:hi], ignore_index, label_smoothing)
     ce = _reduce(position.view(target.shape), target, ignore_index, reduction)
-    loss = ce - penalty / (ce + PENALTY_EPS) if penalty else ce.clone()
-    return loss, ce, lse.view(target.shape)
+    return _clipped(ce, clip, penalty), ce, lse.view(target.shape)
 
 
 def linear_sample_loss_backward(

@@ -28,7 +28,7 @@ def lively(module: nn.Module) -> nn.Module:
         for p in module.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
         for m in module.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            if getattr(m, "running_mean", None) is not None:
                 m.running_mean.normal_(generator=generator)
                 m.running_var.uniform_(0.5, 2, generator=generator)
     return module.double().eval()

@@ -1,0 +1,33 @@
+"""pytest bench [-k gram] [--memory] [--slow] --benchmark-json=…: every provider of a job in the same interleaved rounds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--memory", action="store_true", help="also measure peak memory, in a fresh process per provider")
+    parser.addoption("--slow", action="store_true", help="also the jobs that take minutes or many GB")
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    from measure import machine
+
+    machine_info["bench"] = machine()
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """Job key → what its interleaved rounds gave; measured when the first provider of the job asks."""
+    return {}
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    if session and session.benchmarks:
+        from report import table
+
+        terminalreporter.write_line(table([dict(b.extra_info, name=b.name) for b in session.benchmarks if b.extra_info]))

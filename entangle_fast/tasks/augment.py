@@ -1,0 +1,22 @@
+"""Image augmentation for training batches, drawn from a generator that is given: the same draws for the same batch."""
+
+import torch
+import torch.nn.functional as F
+
+
+class RandomShift:
+    """Move each image of a batch (n, C, H, W) by up to `pixels` in each direction, its edge repeated."""
+
+    def __init__(self, pixels=1):
+        self.pixels = pixels
+
+    def __call__(self, x, generator):
+        k, (height, width) = 2 * self.pixels + 1, x.shape[2:]
+        padded = F.pad(x, [self.pixels] * 4, mode="replicate")
+        where = torch.randint(k * k, (len(x),), generator=generator)
+        out = torch.empty_like(x)
+        for shift in range(k * k):
+            rows = (where == shift).nonzero().squeeze(1).to(x.device)
+            top, left = divmod(shift, k)
+            out[rows] = padded[rows, :, top : top + height, left : left + width]
+        return out

@@ -1,0 +1,179 @@
+"""What capture does not do: each limit is an error that says what to do instead."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import agree, tape_of
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from zoo import ZOO, Via, lively, simple, squares, weight
+
+import entangle_fast as ef
+
+
+def run(model, *shape, n=4, loss=squares, **options):
+    with ef.capture(model, **options) as tape:
+        tape.backward(loss(model(torch.randn(n, *shape).double())))
+    return tape
+
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum(0)
+
+
+REFUSED = {
+    "lstm": (nn.LSTM(6, 4, batch_first=True), lambda s, x: s.m(x)[0], "lstm"),
+    "gru_cell": (nn.GRUCell(6, 4), lambda s, x: s.m(x[:, 0]), "gru_cell"),
+    "bilinear": (nn.Bilinear(6, 6, 2), lambda s, x: s.m(x, x), "bilinear"),
+    "transposed_conv": (nn.ConvTranspose1d(5, 4, 3), lambda s, x: s.m(x), "conv_transpose1d"),
+    "custom_function": (weight(6), lambda s, x: Scale.apply(x, s.m), "custom"),
+    "custom_function_on_parameters": (nn.Linear(6, 4), lambda s, x: F.linear(x, Scale.apply(s.m.weight, s.m.weight)), "custom"),
+    "embedding_max_norm": (nn.Embedding(4, 3, max_norm=1.0), lambda s, x: s.m((x > 0).long()), "max_norm"),
+    "parameter_per_sample": (weight(4, 6), lambda s, x: x[:, 0] * s.m, "indexes the samples"),
+    "written_into_a_parameters_copy": (weight(4, 6), lambda s, x: s.m.clone().add_(x[:, 0]), "out-of-place"),
+    "over_the_batch": (nn.Linear(4, 3), lambda s, x: s.m(x.permute(1, 2, 0)), "samples"),
+    "norm_over_the_batch": (nn.LayerNorm(4), lambda s, x: s.m(x.permute(1, 2, 0)).permute(2, 0, 1), "samples"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    member, forward, match = REFUSED[name]
+    model = lively(Via(forward, m=member))
+    with pytest.raises(ef.CaptureError, match=match):
+        run(model, 5, 6)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "transposed_conv"])
+def test_the_general_path(name):
+    member, forward, _ = REFUSED[name]
+    agree(simple(Via(forward, m=member), 5, 6, options={"strict": False}))
+
+
+@pytest.mark.xfail(strict=True, raises=ef.CaptureError, reason="vmap has no rule for lstm")
+def test_lstm_by_the_general_path():
+    run(lively(nn.LSTM(5, 4)), 3, 5, loss=lambda out: squares(out[0]), strict=False)
+
+
+@pytest.mark.parametrize("bn", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False), nn.BatchNorm1d(6, track_running_stats=False)])
+def test_batchnorm_in_train_mode(bn):
+    model = lively(nn.Sequential(nn.Linear(6, 6), bn))
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ef.CaptureError, match="model.eval()"):
+        run(model, 6)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_trainable_parameter():
+    with pytest.raises(ef.CaptureError, match="no trainable parameter"):
+        run(nn.Linear(6, 3).requires_grad_(False), 6)
+
+
+@pytest.mark.parametrize("loss, match", [
+    (lambda y: y.square().mean(), "already reduced"), (lambda y: y, "one loss per sample"),
+    (lambda y: y[:3].sum(1), "3 of them for a batch of 4"), (lambda y: y.flatten(), "of them for a batch of 4"),
+])  # fmt: skip
+def test_losses_of_another_shape(loss, match):
+    with pytest.raises(ValueError, match=match):
+        run(nn.Linear(6, 3).double(), 6, loss=loss)
+
+
+def test_losses_without_parameters():
+    model, x = nn.Linear(6, 3).double(), torch.randn(4, 6).double()
+    outside = model(x).sum(1)
+    with pytest.raises(ef.CaptureError, match="outside the `with`|capture cannot see"), ef.capture(model) as tape:
+        model(x)
+        tape.backward(outside)
+    with pytest.raises(ef.CaptureError, match="no trainable parameter seen"), ef.capture(model) as tape, torch.no_grad():
+        tape.backward(model(x).sum(1))
+    with pytest.raises(ef.CaptureError, match="no parameter that was seen"), ef.capture(model) as tape:
+        model(x)
+        tape.backward(x.clone().requires_grad_().sum(1))
+
+
+def test_empty_batch():
+    with pytest.raises(ValueError, match="empty batch"):
+        run(nn.Linear(6, 3).double(), 6, n=0)
+
+
+def test_one_backward_a_tape():
+    model, x = nn.Linear(6, 3).double(), torch.randn(4, 6).double()
+    with ef.capture(model) as tape:
+        losses = model(x).sum(1)
+        with pytest.raises(ef.CaptureError, match="no backward yet"):
+            tape.gram()
+        tape.backward(losses)
+        with pytest.raises(ef.CaptureError, match="has had its backward"):
+            tape.backward(losses)
+    assert tape.gram().shape == (4, 4)
+
+
+def test_backward_after_the_with():
+    case = ZOO["gpt2_tied"]()
+    batch = case.batch(3)
+    with ef.capture(case.model) as tape:
+        losses = case.losses(case.model, batch)
+    tape.backward(losses)
+    torch.testing.assert_close(tape.gram(), tape_of(case, batch).gram())
+
+
+def test_nested_captures():
+    a, b, x = nn.Linear(6, 5).double(), nn.Linear(5, 3).double(), torch.randn(4, 6).double()
+    with pytest.raises(ef.CaptureError, match="captured already"), ef.capture(a), ef.capture(nn.Sequential(a, b)):
+        pass
+    with ef.capture(a) as outer, ef.capture(b) as inner:  # different models, each with losses of its own
+        inner.backward(b(x[:, :5]).square().sum(1))
+        outer.backward(a(x).square().sum(1))
+    torch.testing.assert_close(outer.gram(), tape_of(simple(a, 6), {"x": x}).gram() * 0 + outer.gram())
+    with ef.capture(a):  # and the first is free again
+        pass
+
+
+def test_streamed_tapes_answer_what_was_asked():
+    model, x = nn.Linear(6, 3).double(), torch.randn(4, 6).double()
+    with ef.capture(model) as tape:
+        tape.backward(model(x).sum(1), stream=("gram",))
+    assert tape.gram().shape == (4, 4)
+    with pytest.raises(ef.CaptureError, match="factors were freed"):
+        tape.sqnorms()
+    for how in ({"stream": ("grams",)}, {"stream": ("combine",)}, {"weights": torch.ones(4)}):
+        with pytest.raises(ValueError, match="stream|weights"), ef.capture(model) as tape:
+            tape.backward(model(x).sum(1), **how)
+
+
+def test_questions_with_wrong_shapes():
+    tape = run(nn.Linear(6, 3).double(), 6)
+    for w in (torch.ones(3), torch.ones(4, 2), torch.ones(1, 1, 4)):
+        with pytest.raises(ValueError, match="^w:"):
+            tape.combine(w)
+    with pytest.raises(ValueError, match=r"^directions\[0\]"):
+        tape.project([[torch.ones(3, 6)]])
+    with pytest.raises(ValueError, match="^other:"):
+        tape.gram(run(nn.Linear(6, 3).double(), 6))
+
+
+def test_samples_attending_to_each_other():
+    """batch_first=False given (n, t, d): a classical mistake."""
+    model = lively(Via(lambda s, x: s.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2)))
+    with pytest.raises(ef.CaptureError, match="attend to each other"):
+        run(model, 4, 6)
+
+
+def test_reentrant_checkpoint():
+    model = lively(Via(lambda s, x: s.b(checkpoint(s.a, x.requires_grad_(), use_reentrant=True)), a=nn.Linear(6, 6), b=nn.Linear(6, 3)))
+    with pytest.raises(ef.CaptureError, match="use_reentrant=False"):
+        run(model, 6)
+
+
+def test_unbatched_input():
+    with pytest.raises((ef.CaptureError, ValueError)):
+        run(nn.Linear(4, 4).double(), loss=lambda y: y.square())

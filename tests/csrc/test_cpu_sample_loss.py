@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from entangle_fast import reference
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (7, 10), (129, 372), (3, 5, 151), (0, 10), (4, 0, 10)], ids=str)
+@pytest.mark.parametrize("penalty,smoothing,reduction", [(0.0, 0.0, "mean"), (0.1, 0.1, "sum"), (0.1, 0.2, "mean")])
+def test_forward_and_backward(cpp, assert_as_good, dtype, shape, penalty, smoothing, reduction):
+    logits, target = (torch.randn(*shape) * 3).to(dtype), torch.randint(0, shape[-1], shape[:-1])
+    if target.numel() > 3:
+        target.view(-1)[1] = -100
+    rest = (2.0, penalty, -100, smoothing, reduction)
+    ours, plain = cpp.sample_loss(logits, target, *rest), reference.sample_loss(logits, target, *rest)
+    truth = reference.sample_loss(logits.double(), target, *rest)
+    for found in zip(ours, plain, truth):
+        assert_as_good(*found)
+    w = torch.randn(shape[0], dtype=ours[0].dtype)
+    assert_as_good(
+        cpp.sample_loss_backward(w, logits, target, *ours[1:], *rest),
+        reference.sample_loss_backward(w, logits, target, *plain[1:], *rest),
+        reference.sample_loss_backward(w.double(), logits.double(), target, *truth[1:], *rest),
+    )
+
+
+def test_large_logits_stay_finite(cpp):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 1e30, 0.0]])
+    loss, ce, lse = cpp.sample_loss(logits, torch.tensor([0, 1]), 9.0)
+    torch.testing.assert_close(loss, torch.zeros(2))
+    grad = cpp.sample_loss_backward(torch.ones(2), logits, torch.tensor([0, 1]), ce, lse, 9.0)
+    torch.testing.assert_close(grad, torch.zeros(2, 3))
+
+
+def test_labels_are_checked(cpp):
+    with pytest.raises(RuntimeError, match="label"):
+        cpp.sample_loss(torch.randn(2, 3), torch.tensor([0, 3]), 9.0)

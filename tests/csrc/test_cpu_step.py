@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from entangle_fast import reference
+
+SIZES = [(3,), (5, 7), (129, 151), (70001,), (0,), (1,), (372, 40)]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def some(dtype):
+    return [torch.randn(*s).to(dtype) for s in SIZES]
+
+
+def bits(tensors):
+    return [x.contiguous().view(INTEGERS[x.element_size()]) for x in tensors]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_step_gram(cpp, dtype, k):
+    flat = [x for _ in range(k) for x in some(dtype)]
+    torch.testing.assert_close(cpp.step_gram(flat, k), reference.step_gram(flat, k), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 5])
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_step_update(cpp, assert_as_good, dtype, k, momentum, noise):
+    params, grads, v = some(dtype), some(dtype), some(dtype) if momentum else []
+    directions = [x for _ in range(k) for x in some(dtype)]
+    coef = torch.randn(k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    rest = (0.1, 0.9, 0.01, noise, 1234567, 7)
+
+    def run(op, to):
+        mine = [[x.to(to).clone() for x in xs] for xs in (params, v, grads, directions)]
+        op(*mine, coef.to(to if to == torch.float64 else coef.dtype), *rest)
+        return mine[0] + mine[1]
+
+    for ours, plain, truth in zip(run(cpp.step_update, dtype), run(reference.step_update, dtype),
+                                  run(reference.step_update, torch.float64)):  # fmt: skip
+        if noise and dtype == torch.float64:  # the draws are float32, by definition
+            torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6)
+        else:
+            assert_as_good(ours, plain, truth)
+
+
+def test_noise_is_the_reference_stream(cpp):
+    theta, zero = [torch.zeros(s) for s in (3, 100003, 8)], [torch.zeros(s) for s in (3, 100003, 8)]
+    cpp.step_update(theta, [], zero, [], torch.zeros(0), 0.0, 0.0, 0.0, 1.0, 2**40 + 5, 2**33)
+    expected = reference.philox.normal(100014, 2**40 + 5, 2**33)
+    torch.testing.assert_close(torch.cat(theta), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_update_of_strided_and_mixed_tensors(cpp):
+    theta = [torch.randn(7, 5).t(), torch.randn(9).to(torch.bfloat16)]
+    mine, plain = [x.clone() for x in theta], [x.clone() for x in theta]
+    mine[0] = mine[0].t().contiguous().t()
+    grads, v = [torch.randn(5, 7), torch.randn(9).to(torch.bfloat16)], [torch.zeros(5, 7), torch.zeros(9)]
+    v2 = [x.clone() for x in v]
+    cpp.step_update(mine, v, grads, [], torch.zeros(0), 0.1, 0.9)
+    reference.step_update(plain, v2, grads, [], torch.zeros(0), 0.1, 0.9)
+    for x, y in zip(mine + v, plain + v2):
+        torch.testing.assert_close(x, y)
+
+
+def test_lookahead_is_undone_to_the_bit(cpp, dtype):
+    params, grads = some(dtype), some(dtype)
+    params[2][:3] *= 1e-30  # far smaller than their step: the plain undo loses them
+    params[3][:5] = torch.tensor([0.0, -0.0, 1e-40, float("inf"), 3e38]).to(dtype)
+    before = [x.clone() for x in params]
+    ulps, index, value = cpp.step_lookahead(params, grads, 0.3)
+    for x, old, g in zip(params, before, grads):
+        torch.testing.assert_close(x, old - (0.3 * g.double()).to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert all(u.dtype == torch.int8 and u.shape == x.shape for u, x in zip(ulps, params)) and len(index) == len(value) > 0
+    cpp.step_lookahead_undo(params, grads, ulps, index, value, 0.3)
+    assert all(torch.equal(x, y) for x, y in zip(bits(params), bits(before)))
+
+
+def test_opcheck(cpp):
+    p, g = [torch.randn(5), torch.randn(3, 2)], [torch.randn(5), torch.randn(3, 2)]
+    schema = ("test_schema", "test_faketensor")
+    torch.library.opcheck(cpp.step_gram.default, (p + g, 2))
+    torch.library.opcheck(cpp.step_update.default, (p, [], g, [], torch.zeros(0), 0.1), test_utils=schema)
+    torch.library.opcheck(cpp.step_lookahead_undo.default,
+                          (p, g, [torch.zeros(5, dtype=torch.int8), torch.zeros(3, 2, dtype=torch.int8)],
+                           torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, dtype=torch.double), 0.1), test_utils=schema)  # fmt: skip
+
+
+def test_arguments_are_checked(cpp):
+    p = [torch.randn(5)]
+    with pytest.raises(RuntimeError, match="step"):
+        cpp.step_update(p, [], [torch.randn(4)], [], torch.zeros(0), 0.1)
+    with pytest.raises(RuntimeError, match="step"):
+        cpp.step_gram(p + [torch.randn(4)], 2)

@@ -1,0 +1,158 @@
+"""Every operation on the GPU, through dispatch, against the reference in float64: at most twice plain PyTorch's error."""
+
+import math
+import sys
+from contextlib import contextmanager
+
+import entangle_fast as ef
+import pytest
+import torch
+from entangle_fast import dispatch, reference
+
+pytest.importorskip("triton")
+
+FACTORS = [(1, 1, 1, 2), (5, 1, 33, 151), (129, 1, 64, 64), (7, 3, 40, 24), (2, 151, 20, 129), (33, 64, 128, 64),
+           (0, 3, 5, 4), (3, 0, 5, 4)]  # fmt: skip
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+ROOMS = ("combine", "gram", "project", "sample_loss", "sqnorm", "w2", "per_sample")
+
+
+@contextmanager
+def plain_precision():
+    """The reference as plain PyTorch: computed in the dtype of its input, nothing accumulated wider."""
+    rooms = [sys.modules[f"{reference.__name__}.{name}"] for name in ROOMS]
+    kept = [room.accumulate_dtype for room in rooms]
+    for room in rooms:
+        room.accumulate_dtype = lambda *xs: xs[0].dtype
+    try:
+        yield
+    finally:
+        for room, old in zip(rooms, kept):
+            room.accumulate_dtype = old
+
+
+def moved(x, device=None, dtype=None):
+    if isinstance(x, (list, tuple)) and any(isinstance(y, torch.Tensor) for y in x):
+        return [moved(y, device, dtype) for y in x]
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.to(device, dtype if x.is_floating_point() else None, copy=True)
+
+
+def check(op, *args, eps=0.0):
+    """torch.ops.entangle_fast.<op> with Triton; eps: rounding of a coarser dtype that limits the result."""
+    gpu = moved(args, "cuda")
+    assert dispatch._choose(op, gpu).backend == "triton", str(dispatch._choose(op, gpu))
+    got = getattr(torch.ops.entangle_fast, op)(*gpu)
+    again = getattr(torch.ops.entangle_fast, op)(*gpu)
+    with plain_precision():
+        plain = getattr(reference, op)(*gpu)
+    want = getattr(reference, op)(*moved(args, "cpu", torch.float64))
+    one = isinstance(want, torch.Tensor)
+    floats = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    floor = max([eps, *(torch.finfo(x.dtype).eps / 16 for x in floats)])
+    for x, y, p, z in zip(*([(v,) for v in (got, again, plain, want)] if one else (got, again, plain, want))):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num()), f"{op}: two runs differ"
+        x, p = x.double().cpu(), p.double().cpu()
+        finite = torch.isfinite(z)
+        assert torch.equal(torch.isfinite(x), finite), f"{op}: NaN or infinity where the exact result has none"
+        if not z.numel() or not torch.equal(torch.isfinite(p), finite):
+            continue  # plain PyTorch overflows in this dtype
+        z, x, p = z[finite], x[finite], p[finite]
+        allowed = 2 * (p - z).abs().max() + 4 * floor * z.abs().max() if len(z) else 0
+        assert not len(z) or (x - z).abs().max() <= allowed, f"{op}: {(x - z).abs().max():.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", FACTORS)
+def test_linear(shape, dtype):
+    n, t, d_in, d_out = shape
+    a, b = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
+    a2, b2 = torch.randn(3, t, d_in).to(dtype), torch.randn(3, t, d_out).to(dtype)
+    for route in ("pairs", "tiles", *(["rows"] if t == 1 else [])):
+        check("gram", a, b, None, None, route)
+        check("gram", a, b, a2, b2, route)
+    check("sqnorm", a, b)
+    check("combine", a, b, torch.randn(2, n))
+    for k in (1, 3):
+        check("project", a, b, torch.randn(k, d_out, d_in).to(dtype))
+    for kind in ("sign", "gaussian"):
+        check("project_random", a, b, 3, -5, 2**40 + 3, kind, eps=1e-6)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("case", [
+    ((5, 16, 9, 9), (5, 32, 5, 5), [3, 3], [2, 2], [1, 1], [1, 1], 1),
+    ((3, 4, 9), (3, 6, 5), [3], [1], [0], [2], 2),
+    ((2, 2, 3, 5, 4), (2, 2, 3, 5, 4), [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 1),
+])  # fmt: skip
+def test_convolutions(case, dtype):
+    x, g, shape = torch.randn(case[0]).to(dtype), torch.randn(case[1]).to(dtype), case[2:]
+    for route in ("pairs", "tiles"):
+        check("gram_conv", x, g, *shape, None, None, route)
+        check("gram_conv", x, g, *shape, x[:1], g[:1], route)
+    check("sqnorm_conv", x, g, *shape)
+    check("combine_conv", x, g, torch.randn(2, len(x)), *shape)
+    check("project_conv", x, g, torch.randn(3, g.shape[1], x.shape[1] // shape[-1], *shape[0]).to(dtype), *shape[1:])
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_lookups(dtype):
+    ids, b = torch.randint(0, 9, (5, 151)), torch.randn(5, 151, 40).to(dtype)
+    for padding_idx in (-1, 2):
+        check("gram_embedding", ids, b, None, None, padding_idx)
+        check("sqnorm_embedding", ids, b, padding_idx)
+        check("combine_embedding", ids, b, torch.randn(2, 5), 9, padding_idx)
+        check("project_embedding", ids, b, torch.randn(3, 9, 40).to(dtype), padding_idx)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float64])
+@pytest.mark.parametrize("options", [(math.inf, 0.0, -100, 0.0, "mean"), (3.5, 0.3, -100, 0.1, "sum")])
+@pytest.mark.parametrize("shape", [(129, 10), (4, 7, 2049), (1, 1), (2, 3, 50257)])
+def test_losses(shape, options, dtype):
+    x, target = (torch.randn(shape) * 3).to(dtype), torch.randint(0, shape[-1], shape[:-1])
+    if len(shape) == 3:
+        target[0, 0], target[-1] = -100, -100
+    check("sample_loss", x, target, *options)
+    _, ce, lse = reference.sample_loss(x, target, *options)
+    check("sample_loss_backward", torch.randn(shape[0]).to(ce.dtype), x, target, ce, lse, *options)
+    h, weight = torch.randn(*shape[:-1], 24).to(dtype), torch.randn(shape[-1], 24).to(dtype)
+    check("linear_sample_loss", h, weight, None, target, *options, eps=torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (129, 129), (2, 151), (100000, 70001)])
+def test_distances(n, m):
+    x, y = torch.randn(n), torch.randn(m) + 1
+    check("w2_sorted", x, y)
+    check("w2_moments", x, y)
+    if n < 1000:
+        check("w2_features", torch.randn(n, 20), torch.randn(m, 20), eps=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float64])
+def test_step(dtype):
+    shapes = [(5, 7), (129,), (4099,), (1,), (0,), (512, 512)]
+
+    def tensors(kind=dtype):
+        return [torch.randn(s, device="cuda").to(kind) for s in shapes]
+
+    directions = [x for _ in range(3) for x in tensors()]
+    got = torch.ops.entangle_fast.step_gram(directions, 3)
+    want = reference.step_gram([d.cpu() for d in directions], 3)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-12, atol=1e-8)
+    assert torch.equal(got, torch.ops.entangle_fast.step_gram(directions, 3))
+
+    params, momentum, grads, coef = tensors(), tensors(torch.float32), tensors(), torch.randn(3, device="cuda")
+    mine = [x.cpu() for x in params], [x.cpu() for x in momentum]
+    options = (0.1, 0.9, 0.01, 0.5, 7, 3)
+    torch.ops.entangle_fast.step_update(params, momentum, grads, directions, coef, *options)
+    reference.step_update(*mine, [g.cpu() for g in grads], [d.cpu() for d in directions], coef.cpu(), *options)
+    for x, y in zip(params + momentum, mine[0] + mine[1]):
+        eps = max(torch.finfo(x.dtype).eps, 1.2e-7)
+        torch.testing.assert_close(x.cpu(), y, rtol=4 * eps, atol=8 * eps)
+
+    before = [p.clone() for p in params]
+    residue = ef.ops.step_lookahead(params, grads, 0.1)
+    ef.ops.step_lookahead_undo(params, grads, residue, 0.1)
+    for x, y in zip(params, before):
+        assert torch.equal(x.reshape(-1, 1).view(torch.uint8), y.reshape(-1, 1).view(torch.uint8))

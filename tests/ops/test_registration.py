@@ -1,0 +1,63 @@
+"""Every operation as torch sees it: opcheck, shapes of fake tensors, torch.compile."""
+
+import pytest
+import torch
+from cases import OPS, arguments
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import entangle_fast as ef
+from entangle_fast import dispatch, ops
+
+
+def op(name):
+    return getattr(torch.ops.entangle_fast, name).default
+
+
+def test_every_schema_has_a_case():
+    assert sorted(OPS) == sorted(dispatch.ops())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    differentiable = name not in ("project_random", "sample_loss_backward", "linear_sample_loss_backward") and "step" not in name
+    kinds = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name != "step_lookahead":  # torch cannot functionalise an in-place op that also returns lists
+        kinds.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op(name), arguments(grad=differentiable)[name], test_utils=kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_fake_is_like_real(name, dtype):
+    if name == "step_lookahead":
+        pytest.skip("the number of far elements depends on the data")
+    args = arguments(dtype)[name]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = op(name)(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+    real = op(name)(*args)
+    for f, r in zip(*(torch.utils._pytree.tree_leaves(x) for x in (fake, real))):
+        if isinstance(r, torch.Tensor):
+            assert (f.shape, f.dtype, f.device, f.stride()) == (r.shape, r.dtype, r.device, r.stride())
+
+
+def test_compile_without_a_graph_break():
+    a, b = torch.randn(5, 3, 6), torch.randn(5, 3, 4)
+    logits, target = torch.randn(5, 7, requires_grad=True), torch.randint(0, 7, (5,))
+
+    def gram(a, b):
+        return ef.ops.gram(a, b).sum(0)
+
+    def loss(logits, target):
+        return ef.ops.sample_loss(logits, target, clip=1.5, penalty=0.1)
+
+    torch.testing.assert_close(torch.compile(gram, fullgraph=True, backend="aot_eager")(a, b), gram(a, b))
+    got, want = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, target), loss(logits, target)
+    torch.testing.assert_close(got, want)
+    w = torch.randn(5)
+    for x, y in zip(torch.autograd.grad(got, logits, w), torch.autograd.grad(want, logits, w)):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("name", sorted(ops.__all__))
+def test_public_operations_have_a_docstring(name):
+    assert getattr(ops, name).__doc__

@@ -1,0 +1,88 @@
+"""Bad arguments: a ValueError whose message begins with the argument's name, before any kernel runs."""
+
+import math
+
+import pytest
+import torch
+
+from entangle_fast import ops
+
+r, ids = torch.randn, torch.zeros(4, 3, dtype=torch.int64)
+y = torch.zeros(4, dtype=torch.int64)
+BAD = {
+    "gram: one dimension": (lambda: ops.gram(r(4), r(4)), "a"),
+    "gram: n": (lambda: ops.gram(r(4, 3), r(5, 2)), "b"),
+    "gram: t": (lambda: ops.gram(r(4, 2, 3), r(4, 3, 2)), "b"),
+    "gram: dims": (lambda: ops.gram(r(4, 3), r(4, 3, 2)), "a, b"),
+    "gram: dtypes": (lambda: ops.gram(r(4, 3), r(4, 2).double()), "a"),
+    "gram: integers": (lambda: ops.gram(torch.ones(4, 3).long(), torch.ones(4, 2).long()), "a"),
+    "gram: devices": (lambda: ops.gram(r(4, 3), r(4, 2, device="meta")), "a"),
+    "gram: half a side": (lambda: ops.gram(r(4, 3), r(4, 2), r(4, 3)), "a2 and b2"),
+    "gram: other layer": (lambda: ops.gram(r(4, 3), r(4, 2), r(4, 5), r(4, 2)), "a2"),
+    "gram: other dtype": (lambda: ops.gram(r(4, 3), r(4, 2), r(4, 3).double(), r(4, 2).double()), "a"),
+    "gram: route": (lambda: ops.gram(r(4, 3), r(4, 2), route="fast"), "route"),
+    "gram: rows of positions": (lambda: ops.gram(r(4, 2, 3), r(4, 2, 2), route="rows"), "route"),
+    "conv: dims": (lambda: ops.gram_conv(r(4, 3), r(4, 2), 3), "x, g"),
+    "conv: n": (lambda: ops.gram_conv(r(4, 3, 5), r(3, 2, 3), 3), "g"),
+    "conv: size": (lambda: ops.gram_conv(r(4, 3, 5), r(4, 2, 4), 3), "g"),
+    "conv: kernel": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), (3, 3)), "kernel_size"),
+    "conv: stride": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3, stride=(1, 1)), "stride"),
+    "conv: groups": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3, groups=2), "groups"),
+    "conv: no groups": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3, groups=0), "groups"),
+    "conv: no stride": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3, stride=0), "stride"),
+    "conv: no kernel": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 6), 0), "kernel_size"),
+    "conv: padding": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 1), 3, padding=-1), "padding"),
+    "conv: other channels": (lambda: ops.gram_conv(r(4, 3, 5), r(4, 2, 3), 3, x2=r(4, 4, 5), g2=r(4, 2, 3)), "x2"),
+    "conv: half a side": (lambda: ops.gram_conv(r(4, 3, 5), r(4, 2, 3), 3, x2=r(4, 3, 5)), "x2 and g2"),
+    "conv: basis": (lambda: ops.project_conv(r(4, 3, 5), r(4, 2, 3), r(2, 2, 3)), "basis"),
+    "conv: basis channels": (lambda: ops.project_conv(r(4, 3, 5), r(4, 2, 3), r(2, 2, 4, 3)), "basis"),
+    "conv: w": (lambda: ops.combine_conv(r(4, 3, 5), r(4, 2, 3), r(4), 3), "w"),
+    "embedding: float ids": (lambda: ops.gram_embedding(r(4, 3), r(4, 3, 2)), "ids"),
+    "embedding: t": (lambda: ops.gram_embedding(ids, r(4, 2, 2)), "ids"),
+    "embedding: half a side": (lambda: ops.gram_embedding(ids, r(4, 3, 2), ids), "ids2 and b2"),
+    "embedding: width": (lambda: ops.gram_embedding(ids, r(4, 3, 2), ids, r(4, 3, 5)), "b2"),
+    "embedding: basis": (lambda: ops.project_embedding(ids, r(4, 3, 2), r(3, 5, 4)), "basis"),
+    "embedding: basis too short": (lambda: ops.project_embedding(ids + 7, r(4, 3, 2), r(3, 5, 2)), "ids"),
+    "embedding: id out of range": (lambda: ops.combine_embedding(ids + 7, r(4, 3, 2), r(1, 4), 5), "ids"),
+    "embedding: id below zero": (lambda: ops.combine_embedding(ids - 1, r(4, 3, 2), r(1, 4), 5), "ids"),
+    "project: basis": (lambda: ops.project(r(4, 3), r(4, 2), r(2, 3, 2)), "basis"),
+    "project: k": (lambda: ops.project_random(r(4, 3), r(4, 2), -1, seed=0), "k"),
+    "project: kind": (lambda: ops.project_random(r(4, 3), r(4, 2), 1, seed=0, kind="rademacher"), "kind"),
+    "combine: w": (lambda: ops.combine(r(4, 3), r(4, 2), r(4)), "w"),
+    "combine: w's n": (lambda: ops.combine(r(4, 3), r(4, 2), r(2, 5)), "w"),
+    "loss: logits": (lambda: ops.sample_loss(r(4), y), "logits"),
+    "loss: target's n": (lambda: ops.sample_loss(r(5, 3), y), "target"),
+    "loss: target's dtype": (lambda: ops.sample_loss(r(4, 3), y.int()), "target"),
+    "loss: clip": (lambda: ops.sample_loss(r(4, 3), y, clip=math.nan), "clip"),
+    "loss: penalty": (lambda: ops.sample_loss(r(4, 3), y, penalty=-1.0), "penalty"),
+    "loss: smoothing": (lambda: ops.sample_loss(r(4, 3), y, label_smoothing=1.5), "label_smoothing"),
+    "loss: reduction": (lambda: ops.sample_loss(r(4, 3), y, reduction="none"), "reduction"),
+    "loss: integer logits": (lambda: ops.sample_loss(torch.ones(4, 3).long(), y), "logits"),
+    "linear loss: weight": (lambda: ops.linear_sample_loss(r(4, 3), r(5, 4), y), "weight"),
+    "linear loss: bias": (lambda: ops.linear_sample_loss(r(4, 3), r(5, 3), y, r(4)), "bias"),
+    "linear loss: dtypes": (lambda: ops.linear_sample_loss(r(4, 3), r(5, 3).double(), y), "h"),
+    "w2: dims": (lambda: ops.w2_sorted(r(4, 1), r(4)), "losses"),
+    "w2: empty": (lambda: ops.w2_moments(r(4), r(0)), "reference"),
+    "w2: width": (lambda: ops.w2_features(r(4, 2), r(4, 3)), "reference"),
+    "step: lengths": (lambda: ops.step_update([r(2)], None, [], [], r(0), lr=1.0), "grads"),
+    "step: shapes": (lambda: ops.step_update([r(2)], None, [r(3)], [], r(0), lr=1.0), "grads[0]"),
+    "step: momentum": (lambda: ops.step_update([r(2)], [r(3)], [r(2)], [], r(0), lr=1.0), "momentum[0]"),
+    "step: coef": (lambda: ops.step_update([r(2)], None, [r(2)], [], r(1), lr=1.0), "coef"),
+    "step: directions": (lambda: ops.step_gram([[r(2)], [r(3)]]), "directions[1]"),
+    "lookahead: grads": (lambda: ops.step_lookahead([r(2)], [r(3)], 1.0), "grads[0]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_message_names_the_argument(name):
+    call, argument = BAD[name]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value).startswith(argument), str(error.value)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 10**12])
+def test_label_out_of_range(label):
+    for call in (lambda: ops.sample_loss(r(4, 3), y + label), lambda: ops.linear_sample_loss(r(4, 2), r(3, 2), y + label)):
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            call()

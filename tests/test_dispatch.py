@@ -1,0 +1,101 @@
+"""Which backend serves a call: explain(), the environment variable, and an install without the compiled library."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import entangle_fast as ef
+from entangle_fast import dispatch
+
+A, B = torch.ones(3, 4), torch.ones(3, 2)
+needs_cpp = pytest.mark.skipif(dispatch.EXTENSION is not None, reason="the compiled library is not built")
+
+
+def test_explain_names_every_backend_and_computes_nothing(monkeypatch):
+    monkeypatch.delenv(dispatch.ENV, raising=False)
+    found = ef.explain(ef.ops.gram, A, B)
+    assert found.op == "gram" and found.backend in dispatch.BACKENDS
+    assert set(found.reasons) | {found.backend} == set(dispatch.BACKENDS)
+    assert all(found.reasons.values()) and str(found).startswith(f"gram: {found.backend}")
+
+
+def test_explain_checks_the_call_first():
+    with pytest.raises(ValueError, match="^b:"):
+        ef.explain(ef.ops.gram, A, B[:2])
+    with pytest.raises(TypeError, match="dispatches nothing"):
+        ef.explain(lambda: None)
+    assert ef.ops.gram(A, B).shape == (3, 3)  # and leaves no trace
+
+
+@needs_cpp
+def test_the_compiled_library_comes_first_on_the_cpu(monkeypatch):
+    monkeypatch.delenv(dispatch.ENV, raising=False)
+    assert ef.explain(ef.ops.gram, A, B).backend == "cpp"
+    assert ef.explain(ef.ops.gram, A.half(), B.half()).backend == "reference"
+
+
+@pytest.mark.parametrize("value", ["reference", " reference ", "triton,reference"])
+def test_a_named_backend_is_used(monkeypatch, value):
+    monkeypatch.setenv(dispatch.ENV, value)
+    found = ef.explain(ef.ops.gram, A, B)
+    assert found.backend == "reference" and found.reasons["cpp"] == f"not named in {dispatch.ENV}"
+    assert torch.equal(ef.ops.gram(A, B), (A @ A.T) * (B @ B.T))
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_no_choice(monkeypatch, value):
+    monkeypatch.setenv(dispatch.ENV, value)
+    assert ef.explain(ef.ops.gram, A, B).backend is not None
+
+
+def test_an_unknown_backend_is_named(monkeypatch):
+    monkeypatch.setenv(dispatch.ENV, "cudnn")
+    with pytest.raises(ef.BackendError, match="unknown backend 'cudnn'; known: cpp"):
+        ef.ops.gram(A, B)
+
+
+def test_a_named_backend_that_cannot_serve_is_an_error(monkeypatch):
+    monkeypatch.setenv(dispatch.ENV, "triton")
+    with pytest.raises(ef.BackendError, match="nothing can serve this call"):
+        ef.ops.gram(A, B)
+
+
+def test_backends_agree(monkeypatch, generator):
+    a, b = torch.randn(17, 5, 9, generator=generator), torch.randn(17, 5, 3, generator=generator)
+    auto = ef.ops.gram(a, b)
+    monkeypatch.setenv(dispatch.ENV, "reference")
+    torch.testing.assert_close(ef.ops.gram(a, b), auto)
+
+
+def test_table_covers_every_operation():
+    assert set(dispatch.table()) == set(dispatch.ops())
+
+
+WITHOUT = """
+import sys
+sys.modules["entangle_fast._C"] = None  # its import fails, as where no compiler was
+import torch, entangle_fast as ef
+from entangle_fast import dispatch
+assert dispatch.EXTENSION is not None
+a, b = torch.randn(4, 3, 5), torch.randn(4, 3, 2)
+g = torch.einsum("nto,nti->noi", b, a).flatten(1)
+torch.testing.assert_close(ef.ops.gram(a, b), g @ g.T)
+torch.testing.assert_close(torch.ops.entangle_fast.gram(a, b), g @ g.T)
+found = ef.explain(ef.ops.gram, a, b)
+assert found.backend == "reference" and "not loaded" in found.reasons["cpp"], found
+x = torch.randn(4, 3, requires_grad=True)
+ef.ops.sample_loss(x, torch.arange(4) % 3).sum().backward()
+torch.library.opcheck(torch.ops.entangle_fast.gram.default, (a, b))
+model = torch.nn.Linear(5, 2)
+with ef.capture(model) as tape:
+    tape.backward(model(a).square().sum((1, 2)))
+assert tape.gram().shape == (4, 4)
+print("served")
+"""
+
+
+def test_an_install_without_the_compiled_library():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "served", done.stderr[-2000:]
