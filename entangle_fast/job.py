@@ -20,7 +20,7 @@ from . import config as configs
 from . import report, storage
 from .methods import Entangled
 from .methods.data import NAMES, Data
-from .methods.process import Process, sample_cross_entropy
+from .methods.process import NonFinite, Process, sample_cross_entropy
 from .metrics import accuracy, evaluate, sample_losses
 from .metrics.memory import PeakMemory
 
@@ -125,6 +125,8 @@ def unlearn(
         KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.
     """
     method = Entangled() if method is None else method
+    if resume and out is None:
+        raise ValueError("resume: needs the folder out= in which the checkpoint lies")
     _refuse_bad_parameters(model)
     device = next(model.parameters()).device
     data = Data.of(forget, adjacent, remote, device, seed, augment=augment, allow_overlap=allow_overlap)
@@ -149,7 +151,7 @@ class _Run:
 
     def go(self, resume: bool, progress: bool) -> Result:
         process = self.process
-        if resume and self.out is not None and (self.out / CHECKPOINT).exists():
+        if resume and (self.out / CHECKPOINT).exists():
             self._load()
         else:
             self.before = self.measure()
@@ -203,7 +205,12 @@ class _Run:
         """Accuracies in % on the test samples, or on the training samples without any."""
         if hasattr(self.test, "test_fine"):
             return evaluate(self.model, self.test)
-        found = {name: accuracy(self.model, *self._samples(name)) for name in NAMES}
+        found = {}
+        for name in NAMES:
+            try:
+                found[name] = accuracy(self.model, *self._samples(name))
+            except FloatingPointError as error:
+                raise NonFinite(f"{name} set: {error}") from error
         return {**found, "per_class": {}}
 
     def _samples(self, name: str) -> tuple[Tensor, Tensor]:
@@ -222,13 +229,13 @@ class _Run:
     # ---- checkpoints ----
 
     def _keep(self) -> None:
-        if self.out is None:
-            return
+        if self.out is None or not all(torch.isfinite(p).all() for p in self.process.params):
+            return  # an older checkpoint is worth more than weights that are lost
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"process.{k}": v for k, v in self.process.state().items()}
         tensors |= {f"losses.{k}": v for k, v in self.losses.items()}
         history = [_floats(row) for row in self.history]
-        notes = {"done": self.process.done, "seconds": self.seconds, "history": history, "before": self.before,
+        notes = {"done": self.process.done, "stopped": self.process.stopped, "seconds": self.seconds, "history": history, "before": self.before,
                  **self._identity()}  # fmt: skip
         storage.save_tensors(self.out / CHECKPOINT, tensors, {"run": json.dumps(storage.plain(notes))})
 
@@ -250,14 +257,14 @@ class _Run:
                 )
         tensors = storage.load_tensors(path)
         state = {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
-        mine = {k: v.shape for k, v in self.model.state_dict().items()}
-        if mine != {k: v.shape for k, v in state.items()}:
-            odd = sorted(k for k in mine.keys() | state.keys() if mine.get(k) != getattr(state.get(k), "shape", None))
+        mine, theirs = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (self.model.state_dict(), state))
+        if mine != theirs:
+            odd = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
             raise storage.CheckpointError(f"{path}: does not fit this model, first at {odd[0]!r}; give the model it is of")
         self.model.load_state_dict(state)
         self.losses = {k[len("losses.") :]: v for k, v in tensors.items() if k.startswith("losses.")}
         self.history, self.before, self.seconds = notes["history"], notes["before"], notes["seconds"]
-        self.process.done = notes["done"]
+        self.process.done, self.process.stopped = notes["done"], notes["stopped"]
         self.process.load({k[len("process.") :]: v for k, v in tensors.items() if k.startswith("process.")})
 
 
@@ -295,7 +302,11 @@ def _refuse_bad_labels(model: nn.Module, data: Data, loss) -> None:
         samples = getattr(data, name)
         x, y = samples.take(torch.arange(min(2, len(samples))))
         with in_mode(model, False):
-            output = model(x)
+            try:
+                output = model(x)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{name}: the model cannot take {x.dtype} samples of shape {tuple(x.shape[1:])}: {error}; "
+                                 "give them as it was trained on") from error  # fmt: skip
             values = loss(output, y) if loss is not sample_cross_entropy else None
         if values is not None:
             if values.shape != (len(x),):
@@ -359,7 +370,8 @@ def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False) -> R
     model = _load_model(tasks, config.model).to(config.run.device)
     sets = task.split(config.task.adjacency, model=model)
     out = Path(config.run.out)
-    storage.save_toml(out / "config.toml", configs.to_dict(config))
+    if not (resume and (out / "config.toml").exists()):
+        storage.save_toml(out / "config.toml", configs.to_dict(config))
     result = unlearn(
         model, **sets.train._asdict(), method=config.method, test=sets, seed=config.run.seed, out=out, resume=resume,
         progress=config.run.progress, checkpoint_every=config.run.checkpoint_every, eval_every=config.run.eval_every,

@@ -54,6 +54,7 @@ class ProjectedMomentum:
         inner = self.carried * gram[:k, k] + gram[:k, k + 1]  # <d_j, m v + g>
         if coef is None:
             coef = weights.project_onto(gram[:k, :k], inner, ridge=self.ridge)
+        coef = coef.double()
         ops.step_update(
             self.params, self.buffers, grads, directions, coef, lr=self.lr, beta=self.momentum,
             weight_decay=self.weight_decay,

@@ -139,7 +139,7 @@ def gram_rows_grouped(pairs: list, others: list | None = None) -> Tensor:
     n, m = a.shape[0], (pairs if symmetric else others)[0][0].shape[0]
     values, aligned, kept = [], True, []
     for left, right in zip(pairs, pairs if symmetric else others):
-        four = [x if x.stride(1) == 1 or x.shape[1] == 1 and x.is_contiguous() else x.contiguous() for x in (*left, *right)]
+        four = [x if x.stride(1) == 1 else x.contiguous() for x in (*left, *right)]
         kept += four  # copies must outlive the launch
         strides, widths = [x.stride(0) for x in four], [left[0].shape[1], left[1].shape[1]]
         values += [*(x.data_ptr() for x in four), *strides, *widths]
@@ -177,7 +177,8 @@ def _launch_pairs(shape: Layer, left: Side, right: Side | None, ids=None, ids2=N
     tb, sb = pair_blocks(left.t, other.t, cfg["BM"], cfg["BN"])
     programs = cdiv(left.n, cfg["BM"] // tb) * cdiv(other.n, cfg["BN"] // sb)
     _pairs[(programs,)](
-        left.a, left.b, other.a, other.b, ids if match else left.b, ids2 if match else left.b, *shape.tables(left.b), out,
+        left.a, left.b, other.a, other.b, ids if match else left.b, ids2 if match else left.b,
+        *shape.tables(left.b), out,
         left.n, other.n, left.t, other.t, shape.d_in, shape.d_out,
         left.a_sample, left.a_position, left.b_sample, left.b_position,
         other.a_sample, other.a_position, other.b_sample, other.b_position,

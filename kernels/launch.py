@@ -55,7 +55,7 @@ def _multiprocessors(index: int) -> int:
 
 
 def processors(x: Tensor) -> int:
-    """Streaming multiprocessors (compute units) of the device of ``x``; few for the interpreter, which pays by program."""
+    """Multiprocessors (compute units) of the device of ``x``; few for the interpreter, which pays by program."""
     return _multiprocessors(x.device.index) if x.device.type == "cuda" else 2
 
 
@@ -75,7 +75,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def cached(key, device: torch.device, make):
-    """``make()``, kept by ``key`` and device. Never kept from inside a graph capture: its memory is filled by replays only."""
+    """``make()``, kept by ``key`` and device; never from inside a graph capture, whose replays alone fill its memory."""
     key = (key, device)
     if (found := _TABLES.get(key)) is None:
         found = make()

@@ -1,6 +1,6 @@
 """A layer's factors as kernels see them: one address rule for linear layers and for 1-D to 3-D convolutions.
 
-Per-sample gradients are G_i[o, c] = Σ_t b[i,t,o] a[i,t,c]. For a linear layer a[i,t,c] lies at i·sample + t·position + c.
+Per-sample gradients are G_i[o, c] = Σ_t b[i,t,o] a[i,t,c]. In a linear layer a[i,t,c] lies at i·sample + t·position + c.
 For a convolution the input is padded once, channels last, and a[i,t,c] lies at i·sample + rows[t] + columns[c] with two
 small tables: the unfolded input (kernel volume × larger) is never written, and one kernel serves every geometry.
 Columns run kernel-position-major, channels fastest, so that loads are contiguous; ``weight_order`` undoes that.
@@ -19,7 +19,7 @@ from .launch import cached, vector
 
 @dataclass
 class Side:
-    """The factors of n samples: element strides of a between samples and positions, the same of b; unit stride inside."""
+    """The factors of n samples, with their strides between samples and positions in elements; unit stride inside."""
 
     a: Tensor
     b: Tensor

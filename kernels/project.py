@@ -1,4 +1,4 @@
-"""project: c_ik = <G_i, D_k>, per-sample gradients onto given or random directions; specification in reference/project.py.
+"""project: c_ik = <G_i, D_k>, per-sample gradients onto directions; specification in reference/project.py.
 
 rows    t = 1 or one direction: (a D_kᵀ)∘b, the gradient never formed
 tiles   else: gradients formed once into the L2-resident scratch (kernels/tiles.py) and contracted with all directions

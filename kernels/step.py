@@ -129,7 +129,7 @@ def _update(
 
 @triton.jit
 def _ordered(x, INT: tl.constexpr, TOP: tl.constexpr):
-    """Floats as int64 in which neighbouring floats differ by one; −0 is one below +0.  TOP: the sign bit's complement."""
+    """Floats as int64 in which neighbours differ by one; −0 is one below +0.  TOP: the sign bit's complement."""
     bits = x.to(INT, bitcast=True).to(tl.int64)
     return tl.where(bits < 0, -(bits & TOP) - 1, bits)
 
@@ -212,7 +212,8 @@ def _undo(
         for block in range(0, CHUNK, BLOCK):
             e = first + block + tl.arange(0, BLOCK)
             mask = e < size
-            back = _moved(tl.load(theta + e, mask=mask, other=0.0), tl.load(grad + e, mask=mask, other=0.0), alpha, P, ACC)
+            here, g = tl.load(theta + e, mask=mask, other=0.0), tl.load(grad + e, mask=mask, other=0.0)
+            back = _moved(here, g, alpha, P, ACC)
             exact = _ordered(back, INT, TOP) + tl.load(ulps + e, mask=mask, other=0).to(tl.int64)
             tl.store(theta + e, _from_ordered(exact, INT, TOP, P), mask=mask)
 
@@ -235,8 +236,8 @@ class _Group:
     """Tensors of one kind: their table on the device and how programs share its chunks."""
 
     def __init__(self, columns: list[list], places: list[int], extra: list[int], aligned: bool, shifted: bool = False):
-        """columns: p rows of pointer columns (tensors, or None); places: element each begins at in the end-to-end order;
-        extra: one integer a row, after the pointers; shifted: blocks follow the Philox stream, up to 3 elements early."""
+        """columns: p rows of pointer columns (tensors, or None); places: element each begins at, end to end; extra: one
+        integer a row, after the pointers; shifted: blocks follow the Philox stream, up to 3 elements early."""
         values, chunks = [], 0
         for row, place, last in zip(columns, places, extra):
             values += [chunks, row[0].numel(), place, *(0 if x is None else x.data_ptr() for x in row), last]
@@ -309,13 +310,13 @@ def step_update(
     columns = [[params[i], grads[i], held[i], *(directions[j * p + i] for j in range(k))] for i in range(p)]
     for ((dp, dg, dm, *dd), aligned), members in _groups(columns, places if noise else None).items():
         group = _Group(
-            [columns[i] for i in members], [places[i] for i in members], [0] * len(members), aligned, shifted=bool(noise)
+            [columns[i] for i in members], [places[i] for i in members], [0] * len(members), aligned, bool(noise)
         )
         acc = torch.promote_types(dp, torch.float32)
         _update[(group.programs,)](
             group.rows, coef, *group.stretch(), lr, beta, 1 - lr * weight_decay, noise, *philox.key(seed, offset),
-            P=launch.TL[dp], M=launch.TL[dm or dp], G=launch.TL[dg], D=launch.TL[dd[0] if dd else dp], ACC=launch.TL[acc],
-            K=k, MOMENTUM=dm is not None, NOISE=bool(noise), ALIGNED=aligned, COLUMNS=group.columns,
+            P=launch.TL[dp], M=launch.TL[dm or dp], G=launch.TL[dg], D=launch.TL[dd[0] if dd else dp],
+            ACC=launch.TL[acc], K=k, MOMENTUM=dm is not None, NOISE=bool(noise), ALIGNED=aligned, COLUMNS=group.columns,
             CHUNK=CHUNK, BLOCK=BLOCK * 4 // acc.itemsize, num_warps=4,
         )  # fmt: skip
 

@@ -13,8 +13,9 @@ _ARGS = 16
 @triton.jit(do_not_specialize=[f"v{i}" for i in range(_ARGS)])
 def _write(
     out, count,
-    v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64, v7: tl.int64,
-    v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64, v14: tl.int64, v15: tl.int64,
+    v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64,
+    v7: tl.int64, v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64,
+    v14: tl.int64, v15: tl.int64,
 ):  # fmt: skip
     """out[e] = v_e for e < count: the values travel as kernel arguments, which a CUDA graph stores."""
     tl.store(out + 0, v0, mask=count > 0)
@@ -37,7 +38,7 @@ def _write(
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """An address from a table as a pointer. The hint goes on the pointer: Triton 3.6 and 3.9 lose it before the cast."""
+    """An address from a table as a pointer; hinted after the cast, before which Triton 3.6 and 3.9 lose the hint."""
     p = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         p = tl.multiple_of(p, 16)

@@ -88,7 +88,9 @@ def _joined(partial, programs, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _moment_weights(x, partial, value, weights, n, programs, ACC: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _moment_weights(
+    x, partial, value, weights, n, programs, ACC: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
     """weights = (2/n)(μ−μ̄ + (σ−σ̄)(x−μ)/σ); program 0 writes value = (μ−μ̄)² + (σ−σ̄)².
 
     Bytes: x read, weights written, once.  Limit: bandwidth.  Fraction reached: not yet run on a GPU.
@@ -148,7 +150,7 @@ def _polar_of_product(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     3.44^GROWTH ≈ 3e7, stays below 1e-8 while singular values down to 1e-6 of ‖C‖ converge.
     """
     d = x.shape[1]
-    if d < min(len(x), len(y)):  # every iterate is x A yᵀ: run on A (d, d), which cannot leave C's row and column spaces
+    if d < min(len(x), len(y)):  # every iterate is x A yᵀ: run on A (d, d), which stays in C's spaces
         s, t = x.mT @ x, y.mT @ y
         norm = ((s @ t).diagonal().sum()).clamp(min=0).sqrt()  # ‖x yᵀ‖_F
         a = torch.eye(d, dtype=x.dtype, device=x.device) / norm.clamp(min=torch.finfo(x.dtype).tiny)

@@ -41,7 +41,8 @@ def _contractions(dtype: torch.dtype, device) -> None:
 
 def _losses(dtype: torch.dtype, device) -> None:
     for shape in ((32, 1024), (16, 32, 4096)):
-        logits, target = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape[:-1], dtype=torch.int64, device=device)
+        logits = torch.zeros(shape, dtype=dtype, device=device)
+        target = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
         loss, ce, lse = sample_loss.sample_loss(logits, target, 1.0)
         sample_loss.sample_loss_backward(loss, logits, target, ce, lse, 1.0)
     w2.w2_sorted(loss, loss)
@@ -61,8 +62,8 @@ def _steps(dtype: torch.dtype, device) -> None:
 def warmup(device: str | torch.device = "cuda", dtypes=(torch.bfloat16, torch.float32), sweep: bool = False) -> None:
     """Launch every kernel once on ``device`` for each of ``dtypes``.
 
-    sweep: also time the few configurations of the matrix kernels there and keep the fastest in a file (kernels/tune.py);
-    from then on results are those of that configuration, in this process and in later ones.
+    sweep: also time the few configurations of the matrix kernels there and keep the fastest in a file
+    (kernels/tune.py); from then on results are those of that configuration, in this process and in later ones.
     """
     device = torch.device(device)
     for dtype in dtypes:

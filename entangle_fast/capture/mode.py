@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,11 +31,11 @@ class CaptureMode(TorchFunctionMode):
 
     def __init__(self, tape):
         super().__init__()
-        self.tape = tape
+        self._tape = weakref.ref(tape)  # no cycle: factors go when the tape goes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tape = self.tape
+        tape = self._tape()
         if tape.idle or func is torch.autograd.grad:
             return func(*args, **kwargs)
         if func in _BATCH_NORMS:
@@ -48,7 +50,7 @@ class CaptureMode(TorchFunctionMode):
         return out
 
     def _with_parameters(self, func, args, kwargs, inputs, watched):
-        tape = self.tape
+        tape = self._tape()
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             tape.recomputes = True
         batch_free = not any(tape.carries_samples(x) for x in inputs)

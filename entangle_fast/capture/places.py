@@ -20,10 +20,14 @@ class Places:
     """Tensor → Place, Row or Lost; a tensor that is not here does not depend on the batch."""
 
     def __init__(self, tape):
-        self.tape = tape
+        self._tape = weakref.ref(tape)  # no cycle: factors go when the tape goes
         self._at: dict[int, tuple[weakref.ref, object]] = {}
         self._constants: dict[int, weakref.ref] = {}  # functional code only: made inside the `with` from nothing
         self.called = False  # the model itself was called: then all of the batch is known
+
+    @property
+    def tape(self):
+        return self._tape()
 
     def get(self, x: Tensor):
         found = self._at.get(id(x))
@@ -54,9 +58,11 @@ class Places:
 
     def of(self, x: Tensor):
         """As ``get``, a tensor from outside being placed by its sizes where that is allowed."""
+        if x in self.tape.sources:
+            return None
         if (place := self.get(x)) is not None or self.called and not x.requires_grad or self.is_constant(x):
             return place
-        if (place := self.guess(x)) is not None and x not in self.tape.sources and not self.tape.is_buffer(x):
+        if (place := self.guess(x)) is not None and not self.tape.is_buffer(x):
             self.put(x, place)
             return place
         return None
@@ -67,6 +73,11 @@ class Places:
             return
         name = function_name(func)
         placed = [(x, p) for x in inputs if (p := self.of(x)) is not None]
+        if len(placed) == 1 and type(out) is Tensor and name not in FOLLOW and name != "__get__":  # most calls
+            place = placed[0][1]
+            if type(place) is Place and not place.soft and len(out.shape) > place.axis and not name.endswith("_"):
+                if out.shape[place.axis] == place.size(self.tape.n):
+                    return self.put(out, place)
         in_place = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
         if any(not isinstance(p, Place) or not p.soft for _, p in placed):
             placed = [(x, p) for x, p in placed if not isinstance(p, Place) or not p.soft]

@@ -132,4 +132,6 @@ def _has_list(index) -> bool:
 
 def _span(x: Tensor) -> tuple[int, int]:
     start = x.storage_offset()
+    if x.is_contiguous():
+        return start, start + x.numel()
     return start, start + sum((size - 1) * step for size, step in zip(x.shape, x.stride())) + 1

@@ -30,6 +30,9 @@ class _Use:
         self.tape, self.source = tape, source
 
     def record(self, factor: Factor) -> None:
+        for name, x in vars(factor).items():
+            if isinstance(x, Tensor):  # an activation's graph leads back to this tape: a cycle that holds all factors
+                setattr(factor, name, x.detach())
         self.tape._record(self, factor)
 
 
@@ -122,7 +125,8 @@ class Tape:
         if not self._done:  # a recomputed forward records nothing of its own
             for i in source.params:
                 self._pending[i] = self._pending.get(i, 0) + 1
-        return source.cut.to(dtype), _Use(self, source)
+        cut = source.cut
+        return cut if cut.dtype == dtype else cut.to(dtype), _Use(self, source)
 
     def refuse_samples(self, what: str, *weights: Tensor | None) -> None:
         """A weight that needs a gradient and is not watched: its gradient would be dropped."""
@@ -165,7 +169,7 @@ class Tape:
             raise ValueError("weights: give them with stream=('combine',), and only then")
         if stream:
             rows = None if weights is None else self._rows(weights)
-            self._stream = _Stream(stream, self.n, rows, weights is not None and weights.dim() == 1, losses)
+            self._stream = _Stream(stream, self.n, rows, weights is not None and weights.dim() == 1, losses.detach())
         self._done = True
         self._run(losses)
         if self._stream is not None:
@@ -471,7 +475,7 @@ def check_capture(model: nn.Module, losses: Callable[[], Tensor], *, rtol: float
     theirs = torch.autograd.grad((w * losses()).sum(), tape.params, allow_unused=True)
     gap = sum((a - b).double().square().sum() for a, b in zip(mine, theirs) if b is not None)
     size = sum(b.double().square().sum() for b in theirs if b is not None)
-    error = float((gap / size.clamp(min=1e-300)).sqrt())
+    error = float((gap / size.clamp(min=1e-300)).detach().sqrt())
     if not error <= rtol:
         raise CaptureError(
             f"capture disagrees with autograd: relative error {error:.2e} > {rtol:.0e}; does the model mix samples, draw "

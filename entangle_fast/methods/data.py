@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from .training import batch_order
 
@@ -105,14 +107,16 @@ class Data:
 
 
 def _refuse_overlap(sets: list[SampleSet]) -> None:
-    """The same sample, with the same label, in two sets. Datasets read lazily are compared by identity only."""
+    """The same sample, with the same label, in two sets. Datasets are compared by identity, and Subsets by their rows."""
     for i, left in enumerate(sets):
         for right in sets[i + 1 :]:
             shared = 0
             if left.tensors and right.tensors:
-                shared = _shared(left.tensors, right.tensors)
-            elif left.dataset is not None and left.dataset is right.dataset:
-                shared = len(left)
+                _same_shape(left, right)
+                shared = len(_keys(*left.tensors) & _keys(*right.tensors))
+            elif left.dataset is not None and right.dataset is not None:
+                (a, mine), (b, theirs) = _rows_of(left.dataset), _rows_of(right.dataset)
+                shared = len(set(mine) & set(theirs)) if a is b else 0
             if shared:
                 raise ValueError(
                     f"{right.name}: {shared} of its samples are also in {left.name}; the sets must be disjoint: take them "
@@ -120,17 +124,21 @@ def _refuse_overlap(sets: list[SampleSet]) -> None:
                 )
 
 
-def _shared(left, right) -> int:
-    if left[0].shape[1:] != right[0].shape[1:]:
-        raise ValueError(f"forget, adjacent, remote: sample shapes {tuple(left[0].shape[1:])} and {tuple(right[0].shape[1:])} differ")
+def _same_shape(left: SampleSet, right: SampleSet) -> None:
+    a, b = (tuple(s.tensors[0].shape[1:]) for s in (left, right))
+    if a != b:
+        raise ValueError(f"{right.name}: samples of shape {b}, but {a} in {left.name}; needs one shape")
 
-    def keys(x, y):
-        flat = torch.cat([x.reshape(len(x), -1).double(), y.reshape(len(y), -1).double()], 1).nan_to_num(0.5)
-        mix = torch.rand(flat.shape[1], 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(flat.device)
-        return flat @ mix
 
-    a, b = keys(*left), keys(*right)
-    order = b[:, 0].sort()
-    at = torch.searchsorted(order.values, a[:, 0].contiguous()).clamp(max=len(b) - 1)
-    # the same sum in the same order gives the same bits; two independent sums make a chance match impossible
-    return int((b[order.indices[at]] == a).all(1).sum())
+def _keys(x: Tensor, y: Tensor) -> set[bytes]:
+    """A digest of each sample with its label."""
+    rows = [t.detach().cpu().contiguous().reshape(len(t), -1).view(torch.uint8).numpy() for t in (x, y)]
+    return {blake2b(a.tobytes() + b.tobytes(), digest_size=16).digest() for a, b in zip(*rows)}
+
+
+def _rows_of(dataset: Dataset) -> tuple[Dataset, Sequence[int]]:
+    """The data set below nested Subsets, and which of its rows are taken."""
+    if not isinstance(dataset, Subset):
+        return dataset, range(len(dataset))
+    base, rows = _rows_of(dataset.dataset)
+    return base, [rows[int(i)] for i in dataset.indices]

@@ -29,6 +29,7 @@ from ..capture import capture
 from ..optim import ProjectedMomentum
 from .process import Process
 from .propositions import first_order, forget_bound
+from .training import in_mode
 
 
 @dataclass
@@ -121,9 +122,7 @@ class EntangledProcess(Process):
             self.remote_start = self.all_losses(self.data.remote).mean()
         if stage == "stage2":
             c = self.config
-            self.sgd = ProjectedMomentum(
-                self.params, lr=c.lr2, momentum=c.momentum, ridge=c.ridge, project=c.project
-            )
+            self.sgd = ProjectedMomentum(self.params, lr=c.lr2, momentum=c.momentum, ridge=c.ridge, project=c.project)
             self.reference = self._reference()
             self.latest = self.reference.clone()
             losses = self.all_losses(self.data.forget) if c.w2 == "features" else self.reference
@@ -144,7 +143,7 @@ class EntangledProcess(Process):
         w = weights.lagrangian(
             forget, remote, self.remote_start, self.multiplier, mu=c.mu, gamma=c.gamma, clip=c.clip, penalty=c.penalty
         )
-        grads = self.gradient((torch.cat([w.forget, w.remote]) * both).sum())
+        grads = self.gradient((torch.cat([w.forget, w.remote]) * both).sum(), "forget or the remote")
         for p, g in zip(self.params, grads):
             p.grad = g
         self.adam.step()
@@ -161,14 +160,13 @@ class EntangledProcess(Process):
     def _reference(self) -> Tensor:
         if self.config.w2 != "features":
             return self.all_losses(self.data.forget)
-        self.model.eval()
         return torch.cat([self.model(x) for _, x, _ in self.data.forget.chunks()])
 
     def _stage2(self, k):
         c = self.config
         _, xa, ya = self.data.adjacent.batch(k, c.adjacent_batch2)
         adjacent = self.losses(xa, ya, "adjacent")
-        g_adjacent = self.gradient(adjacent.mean())
+        g_adjacent = self.gradient(adjacent.mean(), "adjacent")
         row = {"epoch": (k + 1) * c.adjacent_batch2 / len(self.data.adjacent), "loss_adjacent": adjacent.detach().mean()}
         if math.isfinite(c.max_norm2):
             norm = torch.nn.utils.get_total_norm(g_adjacent, foreach=True)
@@ -185,7 +183,7 @@ class EntangledProcess(Process):
         total, seen = None, []
         for j in range(self._minibatches(one)):
             value, found = one(k * self._minibatches(one) + j)
-            grads = self.gradient(value)
+            grads = self.gradient(value, "forget" if one == self._forget else "remote")
             total = grads if total is None else torch._foreach_add(total, grads)
             seen.append(found)
         for key in seen[0]:
@@ -241,9 +239,9 @@ class EntangledProcess(Process):
         x, y = (torch.cat([b[i] for b in batches]) for i in (1, 2))
         with capture(self.model) as tape:
             losses = self.loss(self.model(x), y)
+            for name, part in zip(("forget", "remote"), losses.detach().split([len(b[2]) for b in batches])):
+                row[f"loss_{name}"] = self.checked(part, len(part), name).mean()
             tape.backward(losses)
-        for name, part in zip(("forget", "remote"), losses.detach().split([len(b[2]) for b in batches])):
-            row[f"loss_{name}"] = self.checked(part, len(part), name).mean()
         # what will be projected is m v + g
         moved = torch._foreach_add(torch._foreach_mul(self.sgd.buffers, self.sgd.carried), g_adjacent)
         inner = tape.project([moved, *means])
@@ -252,8 +250,10 @@ class EntangledProcess(Process):
             ends = ops.step_gram([means[0], moved])
             gram = torch.cat([torch.cat([gram, inner[:, 1:]], 1), torch.cat([inner[:, 1:].mT, ends[:1, :1]], 1)])
             rhs = torch.cat([rhs, ends[0, 1:]])
-        coef = weights.project_onto(gram, rhs, ridge=c.ridge)
         n = len(losses)
+        self.must_be_finite(gram.diagonal(), "forget or the remote", "gradient")
+        # the sums over samples are as exact as the losses, whatever dtype they stand in
+        coef = weights.project_onto(gram, rhs, ridge=c.ridge, rcond=len(gram) * torch.finfo(losses.dtype).eps)
         directions = [tape.combine(coef[:n].to(losses.dtype)), *means]
         found = self.sgd.step(g_adjacent, directions, coef=torch.cat([coef.new_ones(1), coef[n:]]))
         found.pop("cosine", None)  # the angle is between the two mean directions, which are not formed here
@@ -292,7 +292,8 @@ class EntangledProcess(Process):
 
     def facts(self):
         """The two propositions, measured (methods/propositions.py)."""
-        with torch.no_grad():
-            self.model.eval()
+        if self.reference is None:  # no step of stage 2: there is no θ̄ to compare with
+            return {}
+        with torch.no_grad(), in_mode(self.model, False):
             classes = self.model(self.data.forget.take(torch.arange(1))[0]).shape[-1]
         return {"first_order": first_order(self), "forget_bound": forget_bound(self, classes)}

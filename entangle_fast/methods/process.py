@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -85,9 +86,9 @@ class Process(ABC):
 
     def step(self) -> dict:
         stage, k = self.where()
-        if k == 0:
-            self.enter(stage)
         with in_mode(self.model, self.trains):
+            if k == 0:
+                self.enter(stage)
             row = self.take_step(stage, k)
         self.done += 1
         return {"stage": stage, "step": self.done, **row}
@@ -104,17 +105,20 @@ class Process(ABC):
         self.must_be_finite(losses, name)
         return losses
 
-    def must_be_finite(self, values: Tensor, name: str) -> None:
+    def must_be_finite(self, values: Tensor, name: str, what: str = "loss") -> None:
         if not torch.isfinite(values.detach()).all():
             stage, k = self.where()
             raise NonFinite(
-                f"{stage}, step {k + 1} of {dict(self.stages).get(stage, 0)}: non-finite loss on the {name} set; the model is "
+                f"{stage}, step {k + 1} of {dict(self.stages).get(stage, 0)}: non-finite {what} on the {name} set; the model is "
                 "as it was before this step; lower the learning rate, or look for non-finite inputs"
             )
 
-    def gradient(self, weighted: Tensor) -> list[Tensor]:
-        """∇ Σ_i w_i ℓ_i: weights known before the backward need no per-sample gradient, just this one."""
+    def gradient(self, weighted: Tensor, name: str = "training") -> list[Tensor]:
+        """∇ Σ_i w_i ℓ_i, checked: weights known before the backward need no per-sample gradient, just this one."""
         found = torch.autograd.grad(weighted, self.params, allow_unused=True)
+        # finite losses can have gradients that are not, and a step with those cannot be taken back
+        sizes = torch._foreach_norm([g for g in found if g is not None], math.inf)
+        self.must_be_finite(torch.stack(sizes), name, "gradient")
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found)]
 
     @torch.no_grad()

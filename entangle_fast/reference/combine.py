@@ -60,10 +60,8 @@ def combine_embedding(ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, pa
     """ids (n,t), b (n,t,d), w (m, n) → (m, num_embeddings, d)."""
     dtype = accumulate_dtype(b, w)
     b, w = (b * (ids != padding_idx).unsqueeze(-1)).to(dtype), w.to(dtype)
-    out = b.new_zeros(len(w), num_embeddings, b.shape[-1])
-    for row, v in zip(out, w):
-        s = _support(v)
-        row.index_add_(0, ids[s].flatten(), (b[s] * v[s, None, None]).flatten(0, 1))
-    return out
-
-
+    rows = []  # not rows of one tensor: views cannot be written to where autograd looks
+    for v in w:
+        s, row = _support(v), b.new_zeros(num_embeddings, b.shape[-1])
+        rows.append(row.index_add_(0, ids[s].flatten(), (b[s] * v[s, None, None]).flatten(0, 1)))
+    return torch.stack(rows) if rows else b.new_zeros(0, num_embeddings, b.shape[-1])

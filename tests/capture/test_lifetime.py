@@ -1,0 +1,28 @@
+"""Factors live as long as their tape: a cycle would hold them until the collector happens to run."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import entangle_fast as ef
+
+
+@pytest.mark.parametrize("stream", [(), ("gram",)])
+def test_factors_are_freed_with_the_tape(stream):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 3))
+
+    def run():
+        with ef.capture(model) as tape:
+            tape.backward(model(torch.randn(7, 1, 10, 10)).square().sum(1), stream=stream)
+        assert tape.gram().shape == (7, 7)
+        return weakref.ref(tape)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert run()() is None
+    finally:
+        gc.enable()
