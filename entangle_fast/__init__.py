@@ -8,8 +8,15 @@ if (_Path(__file__).parent.parent / "csrc" / "schema.inc").exists():
 
 __version__ = "0.1.0"
 
-from . import ops
+from . import methods, metrics, ops, optim, tasks, weights
 from .capture import CaptureError, Tape, capture, check_capture
 from .dispatch import BackendError, explain
+from .job import Result, unlearn
+from .methods import Entangled, FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain
+from .methods.process import NonFinite
 
-__all__ = ["BackendError", "CaptureError", "Tape", "capture", "check_capture", "explain", "ops"]
+__all__ = [
+    "BackendError", "CaptureError", "Entangled", "FineTune", "GradientAscent", "NegGradPlus", "NonFinite", "RandomLabels",
+    "Result", "Retrain", "Tape", "capture", "check_capture", "explain", "methods", "metrics", "ops", "optim", "tasks",
+    "unlearn", "weights",
+]  # fmt: skip

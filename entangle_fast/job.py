@@ -235,8 +235,10 @@ class _Run:
         tensors |= {f"process.{k}": v for k, v in self.process.state().items()}
         tensors |= {f"losses.{k}": v for k, v in self.losses.items()}
         history = [_floats(row) for row in self.history]
-        notes = {"done": self.process.done, "stopped": self.process.stopped, "seconds": self.seconds, "history": history, "before": self.before,
-                 **self._identity()}  # fmt: skip
+        notes = {
+            "done": self.process.done, "stopped": self.process.stopped, "seconds": self.seconds, "history": history,
+            "before": self.before, **self._identity(),
+        }  # fmt: skip
         storage.save_tensors(self.out / CHECKPOINT, tensors, {"run": json.dumps(storage.plain(notes))})
 
     def _identity(self) -> dict:

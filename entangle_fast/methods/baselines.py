@@ -29,7 +29,7 @@ class _Sgd(Process):
     def __init__(self, config, model, data, loss, seed):
         super().__init__(config, model, data, loss, seed)
         self.sgd = torch.optim.SGD(self.params, lr=config.lr, momentum=config.momentum, foreach=True)
-        self.recent = torch.ones(4)  # forget accuracy of the last minibatches
+        self.recent = torch.ones(2)  # forget accuracy of the last minibatches
 
     @property
     def stages(self):
@@ -52,7 +52,8 @@ class _Sgd(Process):
         self.sgd.step()
         self.sgd.zero_grad(set_to_none=True)
         samples, size = self.paced_by()
-        self.stopped = bool(self.recent.mean() <= getattr(self.config, "stop_at", -1.0))
+        limit = getattr(self.config, "stop_at", None)
+        self.stopped = limit is not None and bool(self.recent.mean() <= limit)
         return {"epoch": (k + 1) * size / len(samples), **row}
 
     def batch_losses(self, samples, k, size, row) -> Tensor:
@@ -119,12 +120,12 @@ class GradientAscent:
     """Ascend on the forget set alone, the gradient clipped, until ``stop_at`` of its training samples are right."""
 
     name = "gradient_ascent"
-    epochs: float = 10.0
-    lr: float = 1e-2
+    epochs: float = 20.0
+    lr: float = 5e-3
     momentum: float = 0.0
     batch: int = 128
     max_norm: float = 1.0
-    stop_at: float = 0.03
+    stop_at: float | None = 0.06
 
     def __post_init__(self):
         _positive(self, "epochs", "lr", "batch")
@@ -143,15 +144,15 @@ class NegGradPlus:
     """NegGrad+ (Kurmanji et al., NeurIPS 2023): β L_r − (1−β) L_f, the forget loss clipped as in stage 1."""
 
     name = "neggrad"
-    beta: float = 0.95
-    clip: float = 10.0
-    epochs: float = 10.0
+    beta: float = 0.7
+    clip: float = 3.0
+    epochs: float = 6.0
     lr: float = 1e-2
     momentum: float = 0.9
     batch: int = 128
     retain_batch: int = 256
     max_norm: float = 1.0
-    stop_at: float = 0.0
+    stop_at: float | None = None
 
     def __post_init__(self):
         _positive(self, "epochs", "lr", "batch", "retain_batch")
@@ -176,13 +177,13 @@ class RandomLabels:
     """
 
     name = "random_label"
-    epochs: float = 10.0
-    lr: float = 1e-2
+    epochs: float = 6.0
+    lr: float = 5e-3
     momentum: float = 0.9
     batch: int = 128
     retain_batch: int = 256
-    max_norm: float = 0.0
-    stop_at: float = 0.0
+    max_norm: float = 1.0
+    stop_at: float | None = None
 
     def __post_init__(self):
         _positive(self, "epochs", "lr", "batch", "retain_batch")
@@ -233,15 +234,23 @@ class _Retrain(Process):
         return [("retrain", 1)]
 
     def take_step(self, stage, k):
-        reset(self.model, self.seed)
         sets = [s.take(torch.arange(len(s))) for s in self.data.retain]
         x, y = (torch.cat([s[i] for s in sets]) for i in (0, 1))
         c = self.config
-        history = fit(
+        before = {k: v.clone() for k, v in self.model.state_dict().items()}
+        try:
+            reset(self.model, self.seed)
+            history = self._fit(x, y, c)
+        except BaseException:  # a training that fails or is stopped gives the trained model back
+            self.model.load_state_dict(before)
+            raise
+        return {"epoch": c.epochs, "loss_remote": history[-1]}
+
+    def _fit(self, x, y, c):
+        return fit(
             self.model, x, y, epochs=c.epochs, lr=c.lr, batch_size=c.batch, seed=self.seed, weight_decay=c.weight_decay,
             augment=self.data.remote.augment,
         )  # fmt: skip
-        return {"epoch": c.epochs, "loss_remote": history[-1]}
 
 
 def reset(model: torch.nn.Module, seed: int) -> None:

@@ -50,6 +50,7 @@ class Entangled:
         epochs2, lr2, momentum: stage 2, SGD, in passes over the adjacent set.
         max_norm2: the adjacent gradient is scaled down to this norm [ours]: after stage 1 it is huge, and what a step
             undoes of the forgetting grows with the square of its length.
+        schedule2: "constant" (the authors'), or "linear": lr2 falls to 0 over stage 2 [ours].
         *_batch1, *_batch2: samples a step; stage 2 sums up to batch_limit minibatches of forget and remote.
     """
 
@@ -73,6 +74,7 @@ class Entangled:
     lr2: float = 1e-3
     momentum: float = 0.9
     max_norm2: float = math.inf
+    schedule2: Literal["constant", "linear"] = "constant"
     adjacent_batch2: int = 128
     forget_batch2: int = 128
     remote_batch2: int = 512
@@ -84,6 +86,9 @@ class Entangled:
         for name in ("epochs1", "epochs2", "lr1", "lr2", "ridge", "penalty", "gamma", "mu"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}: got {getattr(self, name)}; needs a finite number >= 0")
+        for name in ("clip", "max_norm2"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; needs a number > 0, or inf for none")
         for name in ("remote_batch1", "forget_batch1", "adjacent_batch2", "forget_batch2", "remote_batch2", "batch_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; needs an integer >= 1")
@@ -91,7 +96,7 @@ class Entangled:
             raise ValueError(f"momentum: got {self.momentum}; needs a number in [0, 1)")
         for name, known in (("forget_sign", ("paper", "code")), ("w2", ("sorted", "moments", "features")),
                             ("w2_set", ("batch", "whole")), ("away_from", ("means", "samples", "forget_samples")),
-                            ("project", ("momentum", "gradient"))):  # fmt: skip
+                            ("project", ("momentum", "gradient")), ("schedule2", ("constant", "linear"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; needs one of {', '.join(map(repr, known))}")
 
@@ -164,6 +169,8 @@ class EntangledProcess(Process):
 
     def _stage2(self, k):
         c = self.config
+        if c.schedule2 == "linear":
+            self.sgd.lr = c.lr2 * (1 - k / self.stages[1][1])
         _, xa, ya = self.data.adjacent.batch(k, c.adjacent_batch2)
         adjacent = self.losses(xa, ya, "adjacent")
         g_adjacent = self.gradient(adjacent.mean(), "adjacent")

@@ -13,12 +13,16 @@ def _square(k: Tensor, name: str) -> Tensor:
 
 
 def solve(gram: Tensor, rhs: Tensor, *, ridge: float = 0.0, rcond: float | None = None) -> Tensor:
-    """c with (K + ridge·I) c = rhs, float64; a rank-deficient K without a ridge gets the least-norm solution.
+    """c with (K + ridge·I) c = rhs, float64; a rank-deficient K without a ridge gets a solution of least norm.
+
+    The norm, and what counts as rank-deficient, are those of the gradients scaled to unit length: the projection
+    Σ c_i g_i is the same for every solution.
 
     Args:
         gram: (k, k) positive semi-definite.  rhs: (k,) or (k, m).
         ridge: added to the diagonal, in the Gram's own units.
-        rcond: without a ridge, eigenvalues below rcond·largest count as zero; default k·eps of the Gram's dtype.
+        rcond: without a ridge, eigenvalues of the unit-diagonal Gram below rcond·largest count as zero; default k·eps
+            of the Gram's dtype.
 
     Raises: ValueError for shapes; never returns NaN for finite input: a zero Gram gives zeros.
     """
@@ -27,17 +31,20 @@ def solve(gram: Tensor, rhs: Tensor, *, ridge: float = 0.0, rcond: float | None 
         raise ValueError(f"rhs: shape {tuple(rhs.shape)}; needs {k.shape[0]} rows")
     if ridge < 0:
         raise ValueError(f"ridge: got {ridge}; needs a number >= 0")
-    rhs = rhs.double()
     if rcond is None:
         rcond = max(1, len(k)) * torch.finfo(gram.dtype).eps
+    # gradients of unit length: else a long one (a forget sample at loss 17) hides a short one (the mean of a
+    # set that is already fitted) below rcond, and the short direction is not protected at all
+    lengths = k.diagonal().clamp(min=0).sqrt()
+    unit = torch.ones_like(lengths) if ridge else torch.where(lengths > 0, 1 / lengths, 0)
+    values, vectors = _eigh(k * unit.unsqueeze(1) * unit)
     if ridge:
-        rcond = 0.0
-    values, vectors = _eigh(k)
-    top = values[-1:].clamp(min=0)
-    inverse = torch.where(values > rcond * top, 1 / (values + ridge), 0) if not ridge else 1 / (values.clamp(min=0) + ridge)
-    inverse = torch.where(torch.isfinite(inverse), inverse, 0)
-    shape = inverse if rhs.dim() == 1 else inverse.unsqueeze(1)
-    return vectors @ (shape * (vectors.mT @ rhs))
+        inverse = 1 / (values.clamp(min=0) + ridge)
+    else:
+        inverse = torch.where(values > rcond * values[-1:].clamp(min=0), 1 / values, 0)
+    columns = rhs.double() if rhs.dim() == 2 else rhs.double().unsqueeze(1)
+    found = unit.unsqueeze(1) * (vectors @ (inverse.unsqueeze(1) * (vectors.mT @ (unit.unsqueeze(1) * columns))))
+    return found if rhs.dim() == 2 else found.squeeze(1)
 
 
 def _eigh(k: Tensor) -> tuple[Tensor, Tensor]:

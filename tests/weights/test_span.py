@@ -37,8 +37,21 @@ def test_a_rank_deficient_gram_gets_the_least_norm_solution(k, rank, dtype):
     rhs = g @ rows(1, seed=2)[0]
     c = weights.solve(gram, rhs)
     tolerance = dict(rtol=1e-8, atol=1e-8) if dtype == F64 else dict(rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(c, torch.linalg.pinv(g @ g.T, rtol=1e-9) @ rhs, **tolerance)
+    lengths = g.norm(dim=1)
+    unit = torch.where(lengths > 0, 1 / lengths, 0)
+    scaled = g * unit[:, None]
+    torch.testing.assert_close(c, unit * (torch.linalg.pinv(scaled @ scaled.T, rtol=1e-9) @ (unit * rhs)), **tolerance)
+    torch.testing.assert_close(g.T @ c, torch.linalg.pinv(g, rtol=1e-9) @ rhs, **tolerance)
     assert torch.isfinite(weights.solve(gram, rhs, ridge=1e-8)).all()
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_a_short_gradient_is_protected_beside_long_ones(k):
+    g = rows(k)
+    g[-1] *= 1e-5  # the mean of a fitted set beside samples at a high loss, in float32
+    c = weights.solve((g @ g.T).float(), g @ (v := rows(1, seed=2)[0]), rcond=k * 1.2e-7)
+    left = v - g.T @ c
+    assert abs(left @ g[-1]) < 1e-3 * left.norm() * g[-1].norm()
 
 
 def test_a_zero_gram_gives_zeros():

@@ -216,9 +216,25 @@ inline double from_ordered(int64_t i, double) {
 }
 inline uint16_t from_ordered(int64_t i, uint16_t) { return (uint16_t)((int16_t)i ^ (((int16_t)i >> 15) & 0x7fff)); }
 
+// x + by * g in one fixed rounding: left to the compiler, look-ahead and undo could contract differently
+inline float axpy(float x, float by, float g) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(by, g, x);
+#else
+  return x + by * g;
+#endif
+}
+inline double axpy(double x, double by, double g) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fma(by, g, x);
+#else
+  return x + by * g;
+#endif
+}
+
 template <class T> inline T moved(T theta, T g, Acc<T> by) {
   T out;
-  narrow(widen(theta) + by * widen(g), &out);
+  narrow(axpy(widen(theta), by, widen(g)), &out);
   return out;
 }
 
@@ -242,7 +258,7 @@ template <> int64_t lookahead<float>(float* __restrict theta, const float* __res
   int32_t far = 0;
 #pragma omp simd reduction(+ : far)
   for (int64_t e = 0; e < count; ++e) {
-    const float old = theta[e], now = old - alpha * g[e], back = now + alpha * g[e];
+    const float old = theta[e], now = axpy(old, -alpha, g[e]), back = axpy(now, alpha, g[e]);
     theta[e] = now;
     const int32_t a = ordered(old), b = ordered(back);
     const int32_t off = (int32_t)((uint32_t)a - (uint32_t)b);

@@ -1,0 +1,159 @@
+"""Steps over many tensors, against the same formulas on one flat vector in float64."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from entangle_fast.optim import ProjectedMomentum, decay_noise_step, lookahead
+from entangle_fast.reference import philox
+
+F64 = torch.float64
+SHAPES = [(4, 3), (5,), (2, 1, 3)]
+
+
+def tensors(seed, dtype=F64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=F64).to(dtype) for s in SHAPES]
+
+
+def flat(ts):
+    return torch.cat([t.flatten() for t in ts]).double()
+
+
+def span(directions, ridge=0.0):
+    """The matrix P_V, by an SVD; with a ridge Dᵀ(DDᵀ + ridge)⁻¹D."""
+    d = torch.stack([flat(x) for x in directions])
+    if ridge:
+        return d.T @ torch.linalg.inv(d @ d.T + ridge * torch.eye(len(d), dtype=F64)) @ d
+    u = torch.linalg.svd(d, full_matrices=False)
+    basis = u.Vh[u.S > 1e-7 * u.S[0]]
+    return basis.T @ basis
+
+
+@pytest.mark.parametrize("project", ["momentum", "gradient"])
+@pytest.mark.parametrize("case", ["two", "one", "none", "collinear", "zero", "ridge", "three"])
+def test_projected_momentum(project, case):
+    params = tensors(0)
+    theta, v = flat(params), torch.zeros(23, dtype=F64)
+    ridge = 0.5 if case == "ridge" else 0.0
+    sgd = ProjectedMomentum(params, lr=0.1, momentum=0.9, weight_decay=0.2, ridge=ridge, project=project)
+    for k in range(4):
+        g, a, b, c = (tensors(10 * k + i) for i in range(1, 5))
+        directions = {"one": [a], "none": [], "collinear": [a, [-2 * x for x in a]], "three": [a, b, c],
+                      "zero": [a, [0 * x for x in a]]}.get(case, [a, b])  # fmt: skip
+        found = sgd.step(g, directions)
+        p = span(directions, ridge) if directions else torch.zeros(23, 23, dtype=F64)
+        moved = 0.9 * v + flat(g)
+        old, v = v, moved - p @ (moved if project == "momentum" else flat(g))
+        theta = theta * (1 - 0.1 * 0.2) - 0.1 * v
+        torch.testing.assert_close(flat(params), theta, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(flat(sgd.buffers), v, rtol=1e-9, atol=1e-10)
+        if project == "momentum":
+            torch.testing.assert_close(found["step_norm"], 0.1 * v.norm(), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(
+                found["removed"].square(), 1 - (v.norm() / moved.norm()).square(), rtol=1e-6, atol=1e-9
+            )
+            if not ridge and directions:
+                assert max(abs(flat(d) @ v) for d in directions) < 1e-8
+        if case in ("two", "ridge"):
+            cosine = torch.nn.functional.cosine_similarity(flat(a), flat(b), dim=0)
+            torch.testing.assert_close(found["cosine"], cosine)
+        assert all(torch.isfinite(x) for x in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_stays_orthogonal(dtype):
+    params = tensors(0, dtype)
+    sgd = ProjectedMomentum(params, lr=0.1)
+    for k in range(3):
+        directions = [tensors(10 * k + 1, dtype), tensors(10 * k + 2, dtype)]
+        sgd.step(tensors(10 * k + 3, dtype), directions)
+        v = flat(sgd.buffers)
+        assert sgd.buffers[0].dtype == dtype
+        for d in directions:
+            assert abs(flat(d) @ v) < 4 * torch.finfo(dtype).eps * flat(d).norm() * v.norm()
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_a_given_coefficient_is_used(dtype):
+    params, d, g = tensors(0), tensors(1), tensors(2)
+    theta = flat(params)
+    ProjectedMomentum(params, lr=0.5).step(g, [d], coef=torch.tensor([0.25], dtype=dtype))
+    torch.testing.assert_close(flat(params), theta - 0.5 * (flat(g) - 0.25 * flat(d)))
+
+
+def test_state_continues_to_the_bit():
+    runs = []
+    for stop in (None, 2):
+        params = tensors(0)
+        sgd = ProjectedMomentum(params, lr=0.1)
+        for k in range(4):
+            if k == stop:
+                state = {name: v.clone() for name, v in sgd.state().items()}
+                sgd = ProjectedMomentum(params, lr=0.1)
+                sgd.load(state)
+            sgd.step(tensors(3 * k + 1), [tensors(3 * k + 2), tensors(3 * k + 3)])
+        runs.append(flat(params))
+    assert torch.equal(*runs)
+
+
+def test_project_is_named():
+    with pytest.raises(ValueError, match="project: got 'v'; needs 'momentum' or 'gradient'"):
+        ProjectedMomentum(tensors(0), lr=0.1, project="v")
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses what reads a value on the host: .item(), float(), bool(), nonzero."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"), f"{func} makes the host wait"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("project", ["momentum", "gradient"])
+def test_a_step_never_makes_the_host_wait(project, monkeypatch):
+    monkeypatch.setenv("ENTANGLE_FAST_BACKEND", "reference")
+    params = tensors(0, torch.float32)
+    sgd = ProjectedMomentum(params, lr=0.1, project=project)
+    g, a, b = (tensors(i, torch.float32) for i in (1, 2, 3))
+    with NoHostSync():
+        sgd.step(g, [a, b])
+        sgd.step(g, [a])
+        decay_noise_step(params, g, lr=0.1, weight_decay=0.1, noise=0.1)
+        with pytest.raises(AssertionError, match="makes the host wait"):
+            float(params[0].sum())
+
+
+def test_decay_and_noise():
+    params, grads = tensors(0), tensors(1)
+    theta, g = flat(params), flat(grads)
+    decay_noise_step(params, grads, lr=0.1, weight_decay=0.3, noise=0.5, seed=7, offset=2)
+    xi = philox.normal(23, 7, 2, 0, torch.device("cpu")).double()
+    torch.testing.assert_close(flat(params), theta * (1 - 0.03) - 0.1 * g + 0.5 * xi, rtol=1e-6, atol=1e-6)
+    again = tensors(0)
+    decay_noise_step(again, grads, lr=0.1, weight_decay=0.3, noise=0.5, seed=7, offset=2)
+    assert torch.equal(flat(again), flat(params))
+    decay_noise_step(again, grads, lr=0.0, noise=0.5, seed=7, offset=3)
+    assert not torch.equal(flat(again), flat(params))
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [1e-3, 0.7, 1e4])
+def test_lookahead_is_undone_to_the_bit(dtype, alpha):
+    params, grads = tensors(0, dtype), tensors(1, dtype)
+    params[1][0], params[1][1] = 0.0, -0.0
+    params[0][0, 0] = torch.finfo(dtype).tiny
+    before = [p.clone() for p in params]
+    with lookahead(params, grads, alpha):
+        torch.testing.assert_close(flat(params), flat(before) - alpha * flat(grads), rtol=1e-2, atol=1e-2 * alpha)
+    assert [p.view(torch.uint8).tolist() for p in params] == [p.view(torch.uint8).tolist() for p in before]
+
+
+def test_lookahead_is_undone_after_an_error():
+    params, grads = tensors(0, torch.float32), tensors(1, torch.float32)
+    before = flat(params)
+    with pytest.raises(RuntimeError, match="inside"), lookahead(params, grads, 0.3):
+        assert not torch.equal(flat(params), before)
+        raise RuntimeError("inside")
+    assert torch.equal(flat(params), before)
