@@ -14,12 +14,13 @@ import traceback
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-import entangle_fast as ef
 import torch
 import torch.nn.functional as F
 import triton
 from entangle_fast.kernels import gram as gram_kernels
 from entangle_fast.kernels import warmup
+
+import entangle_fast as ef
 
 ROOT = Path(__file__).resolve().parent
 DEVICE = "cuda"

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import entangle_fast
-
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 

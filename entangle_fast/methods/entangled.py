@@ -245,10 +245,13 @@ class EntangledProcess(Process):
             means = [self._sum_of_minibatches(self._remote, k, row)]
         x, y = (torch.cat([b[i] for b in batches]) for i in (1, 2))
         with capture(self.model) as tape:
-            losses = self.loss(self.model(x), y)
+            output = self.model(x)
+            losses = self.loss(output, y)
             for name, part in zip(("forget", "remote"), losses.detach().split([len(b[2]) for b in batches])):
                 row[f"loss_{name}"] = self.checked(part, len(part), name).mean()
             tape.backward(losses)
+        forget = len(batches[0][2])
+        w, _, row["w2"] = self._forget_weights(batches[0][0], losses[:forget].detach(), output[:forget].detach())
         # what will be projected is m v + g
         moved = torch._foreach_add(torch._foreach_mul(self.sgd.buffers, self.sgd.carried), g_adjacent)
         inner = tape.project([moved, *means])
@@ -263,7 +266,12 @@ class EntangledProcess(Process):
         coef = weights.project_onto(gram, rhs, ridge=c.ridge, rcond=len(gram) * torch.finfo(losses.dtype).eps)
         directions = [tape.combine(coef[:n].to(losses.dtype)), *means]
         found = self.sgd.step(g_adjacent, directions, coef=torch.cat([coef.new_ones(1), coef[n:]]))
-        found.pop("cosine", None)  # the angle is between the two mean directions, which are not formed here
+        # ∇L̃_f and ∇L_rem as weights on the spanning gradients: their angle costs a product with the Gram
+        u, v = gram.new_zeros(2, len(gram))
+        u[:forget] = w.to(gram.dtype)
+        v[forget:] = 1 / (len(gram) - forget)
+        square = (u @ gram @ u) * (v @ gram @ v)
+        found["cosine"] = (u @ gram @ v) / square.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
         return found
 
     # ---- to be continued, and to be reported ----

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import resource
 from pathlib import Path
 
@@ -25,6 +28,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
+        _give_back_freed()
         try:
             _RESET.write_text("5")
         except OSError:
@@ -36,6 +40,13 @@ class PeakMemory:
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
         self.mb = max(0.0, (peak - self._start) / 1e6)
+
+
+def _give_back_freed() -> None:
+    """Freed memory that the allocator still holds would hide what the work needs."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:

@@ -1,6 +1,6 @@
 """What is unlearned: data cut into forget, adjacent and remote sets, how adjacency is found, models to load."""
-from .augment import RandomShift
 from .adjacency import Agreement, Neighbours, agreement, by_knn, by_label, embed
+from .augment import RandomShift
 from .cifar import cifar10, cifar100
 from .fashion_mnist import fashion_mnist
 from .image_classes import ImageClasses

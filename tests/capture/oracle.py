@@ -1,7 +1,7 @@
 """Per-sample gradients by plain autograd, one sample's loss at a time, and the comparison of a tape with them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 from torch import Tensor, nn

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import entangle_fast as ef
 import pytest
 import torch
+
+import entangle_fast as ef
 from entangle_fast import reference
 
 pytest.importorskip("triton")

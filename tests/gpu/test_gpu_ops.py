@@ -4,9 +4,10 @@ import math
 import sys
 from contextlib import contextmanager
 
-import entangle_fast as ef
 import pytest
 import torch
+
+import entangle_fast as ef
 from entangle_fast import dispatch, reference
 
 pytest.importorskip("triton")

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from entangle_fast.tasks import adjacency
-from entangle_fast.tasks import agreement, by_knn, by_label, embed
+from entangle_fast.tasks import adjacency, agreement, by_knn, by_label, embed
 
 
 def brute_force(f, r, k):

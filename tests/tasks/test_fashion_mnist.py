@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from entangle_fast.tasks import fashion_mnist
-from entangle_fast.tasks.fashion_mnist import CLASSES, _DATA, read_idx, read_slice
+from entangle_fast.tasks.fashion_mnist import _DATA, CLASSES, read_idx, read_slice
 from entangle_fast.tasks.make_slice import main, pack
 
 

@@ -4,8 +4,9 @@ import sys
 from contextlib import contextmanager
 
 import torch
-from entangle_fast import reference
 from torch import Tensor
+
+from entangle_fast import reference
 
 ROOMS = ("combine", "gram", "project", "sample_loss", "sqnorm", "w2", "per_sample")
 FLOOR = 4  # roundings of the output's own dtype that are always allowed: plain PyTorch may be exact by luck

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from entangle_fast import reference
 from entangle_fast.kernels import combine, gram, project, sqnorm, tiles
-
 from rule import agree, check
+
+from entangle_fast import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 2), (5, 1, 33, 151), (7, 3, 40, 24), (0, 3, 5, 4), (3, 0, 5, 4)]

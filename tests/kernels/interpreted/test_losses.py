@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from entangle_fast import reference
 from entangle_fast.kernels import sample_loss, w2
-
 from rule import agree, check
+
+from entangle_fast import reference
 
 OPTIONS = [
     (math.inf, 0.0, -100, 0.0, "mean"),

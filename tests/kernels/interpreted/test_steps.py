@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from entangle_fast import reference
 from entangle_fast.kernels import philox, step, table
-
 from rule import agree, exact
+
+from entangle_fast import reference
 
 SHAPES = [(5, 7), (129,), (4099,), (1,), (0,), (64, 130)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -87,6 +87,7 @@ def test_a_table_written_by_kernel_arguments_is_the_table():
 def test_philox_words_are_those_of_the_reference():
     import triton
     import triton.language as tl
+
     from entangle_fast.reference import philox as want
 
     @triton.jit
