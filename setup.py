@@ -1,8 +1,8 @@
 """Builds entangle_fast/_C.abi3.so: one stable-ABI library for torch >= 2.11 and Python >= 3.10, through ninja.
 
 No compiler, no torch in the build environment, or a failing compile leave a pure-Python install that works, and
-one line that says why. ENTANGLE_FAST_CUDA=0|1 leaves out or demands the CUDA kernels (default: where nvcc is);
-TORCH_CUDA_ARCH_LIST chooses their targets. The presence of a GPU is never asked about.
+one line that says why. ENTANGLE_FAST_REQUIRE_EXT=1 makes that an error; ENTANGLE_FAST_SANITIZE=1 builds with ASan and
+UBSan; CXX names the compiler. There is no CUDA C++ yet.
 """
 
 import os
