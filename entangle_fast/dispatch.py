@@ -89,7 +89,7 @@ def _schemas() -> list[str]:
 
 def _kernel_module(op: str) -> str:
     """The file of an operation: its name without the variant (gram_conv → gram)."""
-    return next(room for room in ("gram", "sqnorm", "project", "combine", "sample_loss", "w2", "step") if room in op)
+    return next(room for room in ("step", "gram", "sqnorm", "project", "combine", "sample_loss", "w2") if room in op)
 
 
 def _tensors(args) -> list[torch.Tensor]:

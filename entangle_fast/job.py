@@ -125,6 +125,9 @@ def unlearn(
         KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.
     """
     method = Entangled() if method is None else method
+    if not hasattr(method, "start"):
+        got = repr(method) if isinstance(method, (str, type)) else type(method).__name__
+        raise ValueError(f"method: got {got}; needs a dataclass of entangle_fast.methods, as in ef.Entangled(alpha=0.5)")
     if resume and out is None:
         raise ValueError("resume: needs the folder out= in which the checkpoint lies")
     _refuse_bad_parameters(model)

@@ -99,3 +99,15 @@ print("served")
 def test_an_install_without_the_compiled_library():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "served", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("op", sorted(dispatch.ops()))
+def test_the_triton_file_of_an_operation_holds_it(op):
+    """step_gram once was looked for in gram.py, and every GPU would have fallen back to the reference."""
+    pytest.importorskip("triton")
+    from pathlib import Path
+
+    import entangle_fast
+
+    kernels = Path(entangle_fast.__file__).parent.parent / "kernels"
+    assert f"def {op}(" in (kernels / f"{dispatch._kernel_module(op)}.py").read_text()

@@ -139,8 +139,8 @@ class Contraction:
 
     def flat_per_sample(self, lo: int, hi: int) -> Tensor:
         found = self.per_sample(lo, hi)
-        return torch.cat([found[i].flatten(1).float() if found[i].element_size() < 4 else found[i].flatten(1)
-                          for i in self.indices if i in found], 1)  # fmt: skip
+        rows = [found[i].reshape(hi - lo, -1) for i in self.indices if i in found]  # a 0-d parameter is one column
+        return torch.cat([r.float() if r.element_size() < 4 else r for r in rows], 1)
 
     def sqnorm(self) -> Tensor:
         if self.direct:

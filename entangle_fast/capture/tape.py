@@ -467,9 +467,12 @@ def check_capture(model: nn.Module, losses: Callable[[], Tensor], *, rtol: float
 
     Returns: the relative error.  Raises: CaptureError if it is larger than rtol.
     """
+    if not callable(losses):
+        raise TypeError(f"losses: got {type(losses).__name__}; needs a function that computes them: lambda: loss(model(x), y)")
     with capture(model, **options) as tape:
         values = losses()
         tape.backward(values)
+    tape.sqnorms()  # the contraction that combine does not take
     w = torch.randn(len(values), generator=torch.Generator().manual_seed(0)).to(values)
     mine = tape.combine(w)
     theirs = torch.autograd.grad((w * losses()).sum(), tape.params, allow_unused=True)
