@@ -41,7 +41,7 @@ def main():
     options = parser.parse_args()
     task = ef.tasks.fashion_mnist(forget=options.forget, full=False)
     sets = task.split()
-    original, before = demo._train(task, sets, 0, False)
+    original, before = demo.train_original(task, sets)
     rows = []
     for away_from, alpha, epochs in (
         ("forget_samples", 0.5, 1.5), ("forget_samples", 0.5, 3.0), ("forget_samples", 0.5, 6.0),

@@ -61,7 +61,7 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
     history, losses = [], {}
     storage.save_toml(out / "config.toml", _settings(forget, seeds, quick))
     for seed in range(seeds):
-        original, row = _train(task, sets, seed, quick)
+        original, row = train_original(task, sets, seed, quick)
         rows["original"].append(row)
         for method in methods(quick):
             model = copy.deepcopy(original)
@@ -88,9 +88,10 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
 GOAL = "misclassify the forgotten class while its neighbours keep their label; retraining alone does not do that here"
 
 
-def _train(task, sets, seed: int, quick: bool):
+def train_original(task, sets, seed: int = 0, quick: bool = False):
+    """The model that all methods start from, and its row of the report."""
     torch.manual_seed(seed)
-    # on the CPU pooling is 5x faster in this layout, a whole step 2x
+    # on the CPU pooling is slow in the default layout: CONTRIBUTING.md has the figures
     model = SmallCNN(task.num_classes).to(memory_format=torch.channels_last)
     x, y = task.train_set()
     with PeakMemory() as peak:

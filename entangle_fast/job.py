@@ -25,7 +25,7 @@ from .metrics import accuracy, evaluate, sample_losses
 from .metrics.memory import PeakMemory
 
 CHECKPOINT = "checkpoint.safetensors"
-PHASE_AFTER = {"stage1": "stage1", "stage2": "stage2"}  # what the figures call the end of a stage
+PHASES = ("stage1", "stage2")  # stages whose end the figures show; other methods have one: "after"
 
 
 @dataclass
@@ -172,7 +172,7 @@ class _Run:
                         self._keep()
         facts = process.facts()
         after = self.measure()
-        if not any(key.split("/")[2] not in ("before",) for key in self.losses):
+        if not any(name in PHASES for name, _ in process.stages):
             self._note_losses("after")
         if self.history:
             self.history[-1] |= {f"acc_{s}": after[s] for s in NAMES}
@@ -201,8 +201,8 @@ class _Run:
         if self.eval_every and process.done % self.eval_every == 0 or ended:
             row |= {f"acc_{s}": v for s, v in self.measure().items() if s in NAMES}
         self.history.append(row)
-        if ended and row["stage"] in PHASE_AFTER:
-            self._note_losses(PHASE_AFTER[row["stage"]])
+        if ended and row["stage"] in PHASES:
+            self._note_losses(row["stage"])
 
     def measure(self) -> dict:
         """Accuracies in % on the test samples, or on the training samples without any."""

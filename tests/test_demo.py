@@ -63,7 +63,7 @@ def _timeless(found):
 
 
 def test_what_was_done_is_kept_when_it_is_interrupted(tmp_path, monkeypatch):
-    train, seeds = demo._train, []
+    train, seeds = demo.train_original, []
 
     def stopped(task, sets, seed, quick):
         if seed == 1:
@@ -71,7 +71,7 @@ def test_what_was_done_is_kept_when_it_is_interrupted(tmp_path, monkeypatch):
         seeds.append(seed)
         return train(task, sets, seed, quick)
 
-    monkeypatch.setattr(demo, "_train", stopped)
+    monkeypatch.setattr(demo, "train_original", stopped)
     monkeypatch.setattr(demo, "methods", lambda quick=False: [Entangled(epochs1=0.3, epochs2=0.5)])
     with pytest.raises(KeyboardInterrupt):
         demo.run(seeds=3, out=tmp_path, quick=True, progress=False)

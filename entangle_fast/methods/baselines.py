@@ -23,6 +23,22 @@ def _positive(config, *names: str) -> None:
             raise ValueError(f"{name}: got {value}; needs a finite number > 0")
 
 
+@dataclass
+class _SgdOptions:
+    """What the SGD baselines share: ``epochs`` passes over the forget set in batches of ``batch``, the gradient's norm at
+    most ``max_norm`` (0: unbounded), an early end once at most ``stop_at`` of the last forget samples are right."""
+
+    epochs: float = 6.0
+    lr: float = 1e-2
+    momentum: float = 0.9
+    batch: int = 128
+    max_norm: float = 1.0
+    stop_at: float | None = None
+
+    def __post_init__(self):
+        _positive(self, "epochs", "lr", "batch")
+
+
 class _Sgd(Process):
     """SGD with momentum and gradient clipping over a number of passes; may stop once the forget set is forgotten."""
 
@@ -52,7 +68,7 @@ class _Sgd(Process):
         self.sgd.step()
         self.sgd.zero_grad(set_to_none=True)
         samples, size = self.paced_by()
-        limit = getattr(self.config, "stop_at", None)
+        limit = self.config.stop_at
         self.stopped = limit is not None and bool(self.recent.mean() <= limit)
         return {"epoch": (k + 1) * size / len(samples), **row}
 
@@ -88,18 +104,12 @@ class _Sgd(Process):
 
 
 @dataclass
-class FineTune:
+class FineTune(_SgdOptions):
     """Descend on the retain set alone, adjacent and remote, for ``epochs`` passes."""
 
     name = "finetune"
     epochs: float = 2.0
-    lr: float = 1e-2
-    momentum: float = 0.9
-    batch: int = 128
     max_norm: float = 0.0
-
-    def __post_init__(self):
-        _positive(self, "epochs", "lr", "batch")
 
     def start(self, model, data, loss, seed):
         return _FineTune(self, model, data, loss, seed)
@@ -116,19 +126,14 @@ class _FineTune(_Sgd):
 
 
 @dataclass
-class GradientAscent:
+class GradientAscent(_SgdOptions):
     """Ascend on the forget set alone, the gradient clipped, until ``stop_at`` of its training samples are right."""
 
     name = "gradient_ascent"
     epochs: float = 20.0
     lr: float = 5e-3
     momentum: float = 0.0
-    batch: int = 128
-    max_norm: float = 1.0
     stop_at: float | None = 0.06
-
-    def __post_init__(self):
-        _positive(self, "epochs", "lr", "batch")
 
     def start(self, model, data, loss, seed):
         return _Ascent(self, model, data, loss, seed)
@@ -140,19 +145,13 @@ class _Ascent(_Sgd):
 
 
 @dataclass
-class NegGradPlus:
+class NegGradPlus(_SgdOptions):
     """NegGrad+ (Kurmanji et al., NeurIPS 2023): β L_r − (1−β) L_f, the forget loss clipped as in stage 1."""
 
     name = "neggrad"
     beta: float = 0.7
     clip: float = 3.0
-    epochs: float = 6.0
-    lr: float = 1e-2
-    momentum: float = 0.9
-    batch: int = 128
     retain_batch: int = 256
-    max_norm: float = 1.0
-    stop_at: float | None = None
 
     def __post_init__(self):
         _positive(self, "epochs", "lr", "batch", "retain_batch")
@@ -170,20 +169,15 @@ class _NegGrad(_Sgd):
 
 
 @dataclass
-class RandomLabels:
+class RandomLabels(_SgdOptions):
     """Random labels (Golatkar et al., CVPR 2020): descend on the retain set and on the forget set with wrong labels.
 
     Wrong labels are drawn among the other classes, once for each sample, from the seed.
     """
 
     name = "random_label"
-    epochs: float = 6.0
     lr: float = 5e-3
-    momentum: float = 0.9
-    batch: int = 128
     retain_batch: int = 256
-    max_norm: float = 1.0
-    stop_at: float | None = None
 
     def __post_init__(self):
         _positive(self, "epochs", "lr", "batch", "retain_batch")

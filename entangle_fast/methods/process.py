@@ -86,14 +86,12 @@ class Process(ABC):
 
     def step(self) -> dict:
         stage, k = self.where()
-        with in_mode(self.model, self.trains):
+        with in_mode(self.model, False):  # BatchNorm statistics stay frozen, as in the paper
             if k == 0:
                 self.enter(stage)
             row = self.take_step(stage, k)
         self.done += 1
         return {"stage": stage, "step": self.done, **row}
-
-    trains = False  # in which mode the model runs: the paper freezes BatchNorm statistics
 
     def losses(self, x: Tensor, y: Tensor, name: str) -> Tensor:
         """Per-sample losses of a batch, checked; ``name`` is the set they come from."""

@@ -1,35 +1,19 @@
 """Every operation on the GPU, through dispatch, against the reference in float64: at most twice plain PyTorch's error."""
 
 import math
-import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 import entangle_fast as ef
 from entangle_fast import dispatch, reference
+from plain import plain_precision
 
 pytest.importorskip("triton")
 
 FACTORS = [(1, 1, 1, 2), (5, 1, 33, 151), (129, 1, 64, 64), (7, 3, 40, 24), (2, 151, 20, 129), (33, 64, 128, 64),
            (0, 3, 5, 4), (3, 0, 5, 4)]  # fmt: skip
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-ROOMS = ("combine", "gram", "project", "sample_loss", "sqnorm", "w2", "per_sample")
-
-
-@contextmanager
-def plain_precision():
-    """The reference as plain PyTorch: computed in the dtype of its input, nothing accumulated wider."""
-    rooms = [sys.modules[f"{reference.__name__}.{name}"] for name in ROOMS]
-    kept = [room.accumulate_dtype for room in rooms]
-    for room in rooms:
-        room.accumulate_dtype = lambda *xs: xs[0].dtype
-    try:
-        yield
-    finally:
-        for room, old in zip(rooms, kept):
-            room.accumulate_dtype = old
 
 
 def moved(x, device=None, dtype=None):

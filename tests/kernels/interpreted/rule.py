@@ -1,29 +1,12 @@
 """The error rule: at most twice the error that plain PyTorch makes in the same dtype, both against float64."""
 
-import sys
-from contextlib import contextmanager
-
 import torch
+from plain import plain_precision
 from torch import Tensor
 
 from entangle_fast import reference
 
-ROOMS = ("combine", "gram", "project", "sample_loss", "sqnorm", "w2", "per_sample")
 FLOOR = 4  # roundings of the output's own dtype that are always allowed: plain PyTorch may be exact by luck
-
-
-@contextmanager
-def plain_precision():
-    """The reference as plain PyTorch: computed in the dtype of its input, nothing accumulated wider."""
-    rooms = [sys.modules[f"{reference.__name__}.{name}"] for name in ROOMS]
-    kept = [room.accumulate_dtype for room in rooms]
-    for room in rooms:
-        room.accumulate_dtype = lambda *xs: xs[0].dtype
-    try:
-        yield
-    finally:
-        for room, old in zip(rooms, kept):
-            room.accumulate_dtype = old
 
 
 def exact(x):
