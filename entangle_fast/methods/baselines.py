@@ -9,102 +9,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .. import weights
 from .process import Process
+from .sgd import SgdOptions, SgdProcess, positive
 from .training import fit
 
 
-def _positive(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: got {value}; needs a finite number > 0")
-
-
 @dataclass
-class _SgdOptions:
-    """What the SGD baselines share: ``epochs`` passes over the forget set in batches of ``batch``, the gradient's norm at
-    most ``max_norm`` (0: unbounded), an early end once at most ``stop_at`` of the last forget samples are right."""
-
-    epochs: float = 6.0
-    lr: float = 1e-2
-    momentum: float = 0.9
-    batch: int = 128
-    max_norm: float = 1.0
-    stop_at: float | None = None
-
-    def __post_init__(self):
-        _positive(self, "epochs", "lr", "batch")
-
-
-class _Sgd(Process):
-    """SGD with momentum and gradient clipping over a number of passes; may stop once the forget set is forgotten."""
-
-    def __init__(self, config, model, data, loss, seed):
-        super().__init__(config, model, data, loss, seed)
-        self.sgd = torch.optim.SGD(self.params, lr=config.lr, momentum=config.momentum, foreach=True)
-        self.recent = torch.ones(2)  # forget accuracy of the last minibatches
-
-    @property
-    def stages(self):
-        samples, size = self.paced_by()
-        return [(self.config.name, math.ceil(self.config.epochs * len(samples) / min(size, len(samples))))]
-
-    def paced_by(self):
-        return self.data.forget, self.config.batch
-
-    def objective(self, k: int, row: dict) -> Tensor:
-        """The scalar to descend in step k."""
-        raise NotImplementedError
-
-    def take_step(self, stage, k):
-        row: dict = {}
-        for p, g in zip(self.params, self.gradient(self.objective(k, row))):
-            p.grad = g
-        if self.config.max_norm:
-            torch.nn.utils.clip_grad_norm_(self.params, self.config.max_norm, foreach=True)
-        self.sgd.step()
-        self.sgd.zero_grad(set_to_none=True)
-        samples, size = self.paced_by()
-        limit = self.config.stop_at
-        self.stopped = limit is not None and bool(self.recent.mean() <= limit)
-        return {"epoch": (k + 1) * size / len(samples), **row}
-
-    def batch_losses(self, samples, k, size, row) -> Tensor:
-        _, x, y = samples.batch(k, size)
-        output = self.model(x)
-        losses = self.checked(self.loss(output, y), len(y), samples.name)
-        row[f"loss_{samples.name}"] = losses.detach().mean()
-        if samples is self.data.forget and output.dim() == 2:
-            self.recent = torch.cat([self.recent[1:], (output.argmax(1) == y).float().mean()[None].cpu()])
-        return losses
-
-    def retain_losses(self, k, size, row) -> Tensor:
-        """A batch of adjacent and remote samples in proportion to the sets' sizes."""
-        n, m = len(self.data.adjacent), len(self.data.remote)
-        near = min(max(1, round(size * n / (n + m))), size - 1)
-        parts = [self.batch_losses(s, k, b, row) for s, b in zip(self.data.retain, (near, size - near))]
-        return torch.cat(parts)
-
-    def state(self):
-        out = {"recent": self.recent}
-        for i, p in enumerate(self.params):
-            buffer = self.sgd.state.get(p, {}).get("momentum_buffer")
-            if buffer is not None:
-                out[f"momentum.{i}"] = buffer
-        return out
-
-    def load(self, state):
-        self.recent = state["recent"]
-        for i, p in enumerate(self.params):
-            if f"momentum.{i}" in state:
-                self.sgd.state[p]["momentum_buffer"] = state[f"momentum.{i}"].to(p.device)
-
-
-@dataclass
-class FineTune(_SgdOptions):
+class FineTune(SgdOptions):
     """Descend on the retain set alone, adjacent and remote, for ``epochs`` passes."""
 
     name = "finetune"
@@ -115,7 +28,7 @@ class FineTune(_SgdOptions):
         return _FineTune(self, model, data, loss, seed)
 
 
-class _FineTune(_Sgd):
+class _FineTune(SgdProcess):
     @property
     def stages(self):
         n = len(self.data.adjacent) + len(self.data.remote)
@@ -126,7 +39,7 @@ class _FineTune(_Sgd):
 
 
 @dataclass
-class GradientAscent(_SgdOptions):
+class GradientAscent(SgdOptions):
     """Ascend on the forget set alone, the gradient clipped, until ``stop_at`` of its training samples are right."""
 
     name = "gradient_ascent"
@@ -139,13 +52,13 @@ class GradientAscent(_SgdOptions):
         return _Ascent(self, model, data, loss, seed)
 
 
-class _Ascent(_Sgd):
+class _Ascent(SgdProcess):
     def objective(self, k, row):
         return -self.batch_losses(self.data.forget, k, self.config.batch, row).mean()
 
 
 @dataclass
-class NegGradPlus(_SgdOptions):
+class NegGradPlus(SgdOptions):
     """NegGrad+ (Kurmanji et al., NeurIPS 2023): β L_r − (1−β) L_f, the forget loss clipped as in stage 1."""
 
     name = "neggrad"
@@ -154,13 +67,13 @@ class NegGradPlus(_SgdOptions):
     retain_batch: int = 256
 
     def __post_init__(self):
-        _positive(self, "epochs", "lr", "batch", "retain_batch")
+        positive(self, "epochs", "lr", "batch", "retain_batch")
 
     def start(self, model, data, loss, seed):
         return _NegGrad(self, model, data, loss, seed)
 
 
-class _NegGrad(_Sgd):
+class _NegGrad(SgdProcess):
     def objective(self, k, row):
         c = self.config
         retain = self.retain_losses(k, c.retain_batch, row)
@@ -169,7 +82,7 @@ class _NegGrad(_Sgd):
 
 
 @dataclass
-class RandomLabels(_SgdOptions):
+class RandomLabels(SgdOptions):
     """Random labels (Golatkar et al., CVPR 2020): descend on the retain set and on the forget set with wrong labels.
 
     Wrong labels are drawn among the other classes, once for each sample, from the seed.
@@ -180,13 +93,13 @@ class RandomLabels(_SgdOptions):
     retain_batch: int = 256
 
     def __post_init__(self):
-        _positive(self, "epochs", "lr", "batch", "retain_batch")
+        positive(self, "epochs", "lr", "batch", "retain_batch")
 
     def start(self, model, data, loss, seed):
         return _RandomLabels(self, model, data, loss, seed)
 
 
-class _RandomLabels(_Sgd):
+class _RandomLabels(SgdProcess):
     def objective(self, k, row):
         c, forget = self.config, self.data.forget
         retain = self.retain_losses(k, c.retain_batch, row)
@@ -216,7 +129,7 @@ class Retrain:
     weight_decay: float = 0.0
 
     def __post_init__(self):
-        _positive(self, "epochs", "lr", "batch")
+        positive(self, "epochs", "lr", "batch")
 
     def start(self, model, data, loss, seed):
         return _Retrain(self, model, data, loss, seed)
