@@ -60,10 +60,14 @@ def quantile(times: list[float], q: float) -> float:
     return sorted(times)[min(len(times) - 1, int(q * len(times)))]
 
 
-def peak_memory(key: str, provider: str) -> int | None:
-    """Bytes above the resting process of one call, in a process of its own."""
-    done = subprocess.run([sys.executable, str(HERE / "measure.py"), key, provider], capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split() else None
+def peak_memory(key: str, provider: str) -> int:
+    """Bytes above the resting process of one call, in a process of its own that sees the same entangle_fast."""
+    paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, str(HERE / "measure.py"), key, provider], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{provider} on {key} fails in a process of its own: {done.stderr.strip().splitlines()[-1:]}")
+    return int(done.stdout.split()[-1])
 
 
 def _status(field: str) -> int:

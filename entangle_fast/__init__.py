@@ -12,11 +12,29 @@ from . import methods, metrics, ops, optim, tasks, weights
 from .capture import CaptureError, Tape, capture, check_capture
 from .dispatch import BackendError, explain
 from .job import Result, unlearn
-from .methods import Entangled, FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain
+from .methods import (
+    Entangled,
+    FineTune,
+    Geometric,
+    GradientAscent,
+    Influence,
+    L1Sparse,
+    NegGradPlus,
+    OrthoGrad,
+    Pgu,
+    RandomLabels,
+    Retrain,
+    Rosu,
+    SalUn,
+    Scrub,
+    Ssd,
+    Woodbury,
+)
 from .methods.process import NonFinite
 
 __all__ = [
-    "BackendError", "CaptureError", "Entangled", "FineTune", "GradientAscent", "NegGradPlus", "NonFinite", "RandomLabels",
-    "Result", "Retrain", "Tape", "capture", "check_capture", "explain", "methods", "metrics", "ops", "optim", "tasks",
-    "unlearn", "weights",
+    "BackendError", "CaptureError", "Entangled", "FineTune", "Geometric", "GradientAscent", "Influence", "L1Sparse",
+    "NegGradPlus", "NonFinite", "OrthoGrad", "Pgu", "RandomLabels", "Result", "Retrain", "Rosu", "SalUn", "Scrub", "Ssd", "Tape",
+    "Woodbury", "capture", "check_capture", "explain", "methods", "metrics", "ops", "optim", "tasks", "unlearn",
+    "weights",
 ]  # fmt: skip

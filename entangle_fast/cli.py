@@ -16,7 +16,7 @@ from rich.text import Text
 
 from entangle_fast.doctor import THP
 
-TRAINING = {"demo", "unlearn"}
+TRAINING = {"demo", "unlearn", "compare"}
 
 app = typer.Typer(
     name="entangle-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -62,7 +62,7 @@ def _kept(out: Path, resume: str | None) -> str:
     if not files:
         return f"interrupted; nothing was written to {out} yet"
     line = f"interrupted; kept in {out}: {', '.join(files[:12])}{', ...' if len(files) > 12 else ''}"
-    return f"{line}\ngo on with: {resume}" if resume and any("checkpoint" in f for f in files) else line
+    return f"{line}\ngo on with: {resume}" if resume and any("checkpoint" in f or f.startswith("cells/") for f in files) else line
 
 
 def _version(wanted: bool) -> None:
@@ -107,6 +107,7 @@ def unlearn(
     out: Annotated[Path | None, typer.Option(help="Run folder, instead of run.out in the file.")] = None,
     no_progress: NoProgress = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the run folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run again into the folder of a finished run.")] = False,
     debug: Debug = False,
 ) -> None:
     """Run the job that a TOML file describes."""
@@ -118,10 +119,55 @@ def unlearn(
     folder = Path(job.run.out)
     again = f"entangle-fast unlearn {config}{f' --out {out}' if out else ''} --resume"
     with _plainly(debug, folder, again):
+        _refuse_finished(folder, overwrite)
         from entangle_fast.job import unlearn_from_config
 
         unlearn_from_config(job, resume=resume)
         _show(folder)
+
+
+def _refuse_finished(folder: Path, overwrite: bool) -> None:
+    from entangle_fast.report import REPORT
+
+    if (folder / REPORT).exists() and not overwrite:
+        raise ValueError(f"{folder}: holds a finished run; give another --out, or --overwrite to run again into it")
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file with the tables task, compare and method.NAME; options here go before it.")
+    ] = None,
+    forget: Annotated[str | None, typer.Option(help="Class to forget, or several with commas; of Fashion-MNIST without a file.")] = None,
+    labels: Annotated[str | None, typer.Option(help="super: superclasses; fine: the data set's own classes. [default: super]")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names with commas. [default: all; retrain is always among them]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Models to train and unlearn. [default: 3]")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once; 1 to time methods. [default: 2]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; one of the same settings goes on. [default: runs/compare-CLASS]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the passes, to see it work.")] = False,
+    attack_seeds: Annotated[int | None, typer.Option(min=1, help="Relearning runs an attacker. [default: 3]")] = None,
+    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a relearning run. [default: 100]")] = None,
+    no_progress: NoProgress = False,
+    debug: Debug = False,
+) -> None:
+    """Run methods on several seeds; one table, figures and a page."""
+    with _plainly(debug):
+        from entangle_fast.compare import read_config
+
+        chosen = read_config(
+            config, forget=_names(forget), labels=labels, methods=_names(methods), seeds=seeds, jobs=jobs, out=out and str(out),
+            quick=quick or None, attack_seeds=attack_seeds, attack_steps=attack_steps, progress=False if no_progress else None,
+        )  # fmt: skip
+    folder = Path(chosen.compare.out)
+    with _plainly(debug, folder, "the same command"):
+        from entangle_fast.compare import run
+
+        run(chosen)
+        _show(folder)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 @app.command()
@@ -135,7 +181,10 @@ def report(
 
 
 def _show(run: Path) -> None:
-    from entangle_fast.report import rebuild
+    if (run / "cells").is_dir():
+        from entangle_fast.compare_report import rebuild
+    else:
+        from entangle_fast.report import rebuild
 
     rebuild(run, Console())
 

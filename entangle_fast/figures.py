@@ -32,6 +32,7 @@ MARKERS = {
 }  # fmt: skip
 PHASES = {"before": "before", "stage1": "after stage 1", "stage2": "after stage 2", "after": "after"}
 INK, FAINT = "#222222", "#8A8A8A"
+PLACES = (-16, 16, -30, 30, -44, 44, -58, 58, -72, 72, -86, 86, -100, 100)  # points that a label may stand above its mark
 FLOOR = 1e-4  # nats; losses below are as good as zero and share the first bin
 STYLE = {
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
@@ -48,22 +49,25 @@ def write_figures(run_dir: str | os.PathLike) -> list[Path]:
     loss_distributions, accuracy_over_time, per_class, angle, frontier. A figure without numbers is
     removed rather than left over from an earlier run. Raises as `report.read_report`.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     run_dir = Path(run_dir)
     report, history, losses = read_report(run_dir), read_history(run_dir), read_losses(run_dir)
-    drawings: dict[str, Callable[[], Any]] = {
+    return draw_all(run_dir, {
         "loss_distributions": lambda: loss_distributions(losses, report),
         "accuracy_over_time": lambda: accuracy_over_time(history, report),
         "per_class": lambda: per_class(report),
         "angle": lambda: angle(history),
         "frontier": lambda: frontier(report),
-    }
+    })  # fmt: skip
+
+
+def draw_all(run_dir: Path, drawings: Mapping[str, Callable[[], Any]]) -> list[Path]:
+    """NAME.png in `run_dir` for each function that gives a figure; where it gives None the file is removed. Their paths."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     written = []
     for name, draw in drawings.items():
         path = run_dir / f"{name}.png"
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.rcParams["backend"]}):
+        with style():
             figure = draw()
             if figure is None:
                 path.unlink(missing_ok=True)
@@ -72,6 +76,14 @@ def write_figures(run_dir: str | os.PathLike) -> list[Path]:
             FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
         written.append(atomic_write(path, png.getvalue()))
     return written
+
+
+def style(**more: Any):
+    """A context with STYLE and `more` in force, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    backend = {"backend": matplotlib.rcParams["backend"]}
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, **backend, **more})
 
 
 def loss_distributions(losses: Mapping[tuple[str, str, str, str], Any], report: Mapping[str, Any]):
@@ -337,7 +349,7 @@ def _place_labels(ax, means: Mapping[str, tuple[float, float]]):
     left, right, low, high = (v * scale for v in (ax.bbox.x0, ax.bbox.x1, ax.bbox.y0, ax.bbox.y1))
     taken = [(x - 9, x + 9, y - 7, y + 7) for x, y in at.values()]
     places = [(11, 0), (-11, 0)]
-    places += [(side * (4 + abs(dy) / 3), dy) for dy in (-16, 16, -30, 30, -44, 44, -58, 58) for side in (1, -1)]
+    places += [(side * (4 + abs(dy) / 3), dy) for dy in PLACES for side in (1, -1)]
     for name in sorted(means, key=lambda n: -at[n][0]):
         x, y = at[name]
         width = 5.8 * len(_title(name)) * (1.12 if name == "entangled" else 1)

@@ -3,9 +3,22 @@
 METHODS maps the name in a config file to the dataclass. ``config.start(model, data, loss, seed)`` gives the process.
 """
 
-from .baselines import FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain
+from .baselines import FineTune, GradientAscent, L1Sparse, NegGradPlus, RandomLabels, Retrain
+from .dampening import Ssd
 from .entangled import Entangled
+from .geometric import Geometric
+from .influence import Influence
+from .lookahead import Lookahead
+from .orthograd import OrthoGrad
+from .pgu import Pgu
+from .rosu import Rosu
+from .saliency import SalUn
+from .scrub import Scrub
+from .woodbury import Woodbury
 
-METHODS = {cls.name: cls for cls in (Entangled, FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain)}
+METHODS = {cls.name: cls for cls in (
+    Entangled, FineTune, Geometric, GradientAscent, Influence, L1Sparse, Lookahead, NegGradPlus, OrthoGrad, Pgu, RandomLabels,
+    Retrain, Rosu, SalUn, Scrub, Ssd, Woodbury,
+)}  # fmt: skip
 
 __all__ = ["METHODS", *sorted(cls.__name__ for cls in METHODS.values())]

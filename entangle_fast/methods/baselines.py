@@ -1,4 +1,4 @@
-"""Baselines: fine-tuning, gradient ascent, NegGrad+, random labels, and retraining (the gold standard).
+"""Baselines: fine-tuning, with and without an ℓ1 penalty, gradient ascent, NegGrad+, random labels, and retraining (the gold standard).
 
 Each takes plain SGD or Adam steps on minibatches, all in one forward and backward of Σ w_i ℓ_i.
 """
@@ -32,10 +32,38 @@ class _FineTune(SgdProcess):
     @property
     def stages(self):
         n = len(self.data.adjacent) + len(self.data.remote)
-        return [("finetune", math.ceil(self.config.epochs * n / self.config.batch))]
+        return [(self.config.name, math.ceil(self.config.epochs * n / self.config.batch))]
 
     def objective(self, k, row):
         return self.retain_losses(k, self.config.batch, row).mean()
+
+
+@dataclass
+class L1Sparse(FineTune):
+    """ℓ1-sparse unlearning (Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023, arXiv 2304.04934):
+    descend on L_r + γ_k ‖θ‖₁ over all trainable parameters, without looking at the forget set.
+
+    γ_k = gamma·(1 − k/steps): falling linearly is the paper's best schedule [paper]; by step rather than by epoch [ours].
+    Pruning before fine-tuning, the paper's other way to sparsity, is not here.
+    """
+
+    name = "l1_sparse"
+    gamma: float = 5e-4
+
+    def __post_init__(self):
+        positive(self, "epochs", "lr", "batch", "gamma")
+
+    def start(self, model, data, loss, seed):
+        return _L1Sparse(self, model, data, loss, seed)
+
+
+class _L1Sparse(_FineTune):
+    @torch.no_grad()
+    def _penalty(self, k):
+        return torch._foreach_mul(torch._foreach_sign(self.params), self.config.gamma * (1 - k / self.total))
+
+    def direction(self, k, row):
+        return torch._foreach_add(super().direction(k, row), self._penalty(k))
 
 
 @dataclass
