@@ -19,6 +19,7 @@ from .methods import (
     GradientAscent,
     Influence,
     L1Sparse,
+    Lookahead,
     NegGradPlus,
     OrthoGrad,
     Pgu,
@@ -34,7 +35,7 @@ from .methods.process import NonFinite
 
 __all__ = [
     "BackendError", "CaptureError", "Entangled", "FineTune", "Geometric", "GradientAscent", "Influence", "L1Sparse",
-    "NegGradPlus", "NonFinite", "OrthoGrad", "Pgu", "RandomLabels", "Result", "Retrain", "Rosu", "SalUn", "Scrub", "Ssd", "Tape",
-    "Woodbury", "capture", "check_capture", "explain", "methods", "metrics", "ops", "optim", "tasks", "unlearn",
-    "weights",
+    "Lookahead", "NegGradPlus", "NonFinite", "OrthoGrad", "Pgu", "RandomLabels", "Result", "Retrain", "Rosu", "SalUn",
+    "Scrub", "Ssd", "Tape", "Woodbury", "capture", "check_capture", "explain", "methods", "metrics", "ops", "optim",
+    "tasks", "unlearn", "weights",
 ]  # fmt: skip

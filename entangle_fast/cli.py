@@ -119,17 +119,18 @@ def unlearn(
     folder = Path(job.run.out)
     again = f"entangle-fast unlearn {config}{f' --out {out}' if out else ''} --resume"
     with _plainly(debug, folder, again):
-        _refuse_finished(folder, overwrite)
+        _refuse_finished(folder, overwrite, resume)
         from entangle_fast.job import unlearn_from_config
 
         unlearn_from_config(job, resume=resume)
         _show(folder)
 
 
-def _refuse_finished(folder: Path, overwrite: bool) -> None:
+def _refuse_finished(folder: Path, overwrite: bool, resume: bool) -> None:
     from entangle_fast.report import REPORT
 
-    if (folder / REPORT).exists() and not overwrite:
+    unfinished = resume and any(folder.glob("checkpoint*"))  # of a second run into the folder
+    if (folder / REPORT).exists() and not overwrite and not unfinished:
         raise ValueError(f"{folder}: holds a finished run; give another --out, or --overwrite to run again into it")
 
 

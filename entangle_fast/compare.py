@@ -111,7 +111,7 @@ def chosen(config: CompareConfig) -> dict[str, Any]:
         if name in METHODS:
             base = configs.to_dict(tuned[name] if name in tuned else METHODS[name]())
             if quick and name not in tuned:
-                base |= {k: _fifth(v) for k, v in base.items() if k.startswith("epochs") and isinstance(v, (int, float))}
+                base |= {k: _fifth(v) for k, v in base.items() if "epochs" in k and isinstance(v, (int, float))}
         options = {"name": name, **base, **config.method.get(name, {})}
         methods[name] = configs.from_dict(_Chosen, {"method": options}, where=name).method
     return methods
@@ -266,7 +266,8 @@ def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
             while pending or running:
                 for task in [t for t in pending if Task(TRAIN, t.seed) in failed]:
                     pending.remove(task)
-                    _note_failure(folder, task, "the original model could not be trained")
+                    if task.what != ORIGINAL:  # whose cell says why
+                        _note_failure(folder, task, "the original model could not be trained")
                 while len(running) < options.jobs and (ready := [t for t in pending if not blocked(t)]):
                     pending.remove(ready[0])
                     running[pool.submit(crew.work, ready[0])] = ready[0]

@@ -151,9 +151,9 @@ def summary(entry: Mapping[str, Any], column: Column) -> tuple[str, str]:
 
 def notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know beside the table, a sentence each."""
-    seeds = {len(m["seeds"]) for m in report["methods"].values()}
-    over = f"{min(seeds)} to {max(seeds)} seeds" if len(seeds) > 1 else f"{max(seeds)} seeds" if seeds != {1} else "one seed"
-    said = [f"mean ± standard deviation over {over}" if max(seeds, default=1) > 1 else over]
+    seeds = [len(m["seeds"]) for m in report["methods"].values()] or [0]
+    over = f"{min(seeds)} to {max(seeds)} seeds" if min(seeds) < max(seeds) else f"{max(seeds)} seeds"
+    said = [f"mean ± standard deviation over {over}"] if max(seeds) > 1 else ["one seed"]
     if report["jobs"] > 1:
         said.append(f"seconds: up to {report['jobs']} cells ran at once on {report['machine']['cores']} cores and shared them; "
                     "time methods with --jobs 1")  # fmt: skip

@@ -1,13 +1,16 @@
 """Which backend serves a call, and why the others do not.
 
-Order on the CPU: cpp, reference. On CUDA and HIP: triton, reference (cuda where a committed
-measurement says so). ENTANGLE_FAST_BACKEND names the backends that may be used, in order
-("reference", "cpp", "triton,reference", …); a named one that cannot serve a call is an error.
+Order on the CPU: cpp, reference. On CUDA and HIP: triton, reference; before triton comes cuda where dispatch_table.json,
+which bench/dispatch_table.py makes from committed measurements, says that it is faster. ENTANGLE_FAST_BACKEND names the
+backends that may be used, in order ("reference", "cpp", "cuda,triton,reference", …); a named one that cannot serve a call
+is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -44,7 +47,21 @@ CPP: dict[str, tuple[torch.dtype, ...]] = {
     "sample_loss": _FLOATS,
     "sample_loss_backward": _FLOATS,
 }
+_LOW = (torch.float32, torch.bfloat16, torch.float16)
+# what the CUDA C++ kernels take (csrc/cuda, library entangle_fast_cuda); an op that is not here has none
+CUDA: dict[str, tuple[torch.dtype, ...]] = {
+    "gram": _LOW,
+    "project_random": _LOW,
+    "step_gram": (*_LOW, torch.float64),
+    "step_update": (*_LOW, torch.float64),
+    "step_lookahead": (*_LOW, torch.float64),
+    "step_lookahead_undo": (*_LOW, torch.float64),
+    "w2_sorted": _LOW,
+    "sample_loss": (*_LOW, torch.float64),
+    "sample_loss_backward": (*_LOW, torch.float64),
+}
 BACKENDS = ("cpp", "cuda", "triton", "reference")
+_DEFAULTS = Path(__file__).with_name("dispatch_table.json")
 
 
 class BackendError(RuntimeError):
@@ -113,7 +130,42 @@ def _refuse_cpp(op: str, args) -> str | None:
 
 
 def _refuse_cuda(op: str, args) -> str | None:
-    return "no CUDA C++ kernel for this operation"
+    if op not in CUDA:
+        return "no CUDA C++ kernel for this operation"
+    if EXTENSION is not None:
+        return f"the compiled library is not loaded ({EXTENSION})"
+    if not hasattr(getattr(torch.ops, f"{NAMESPACE}_cuda"), op):  # a library built without them does not know the name
+        return "built without CUDA: no nvcc then, or ENTANGLE_FAST_CUDA=0"
+    for x in _tensors(args):
+        if x.device.type != "cuda":
+            return f"its kernels run on a GPU, a tensor is on {x.device}"
+        if x.is_floating_point() and x.dtype not in CUDA[op] and not (op == "step_lookahead_undo" and x.dtype == torch.float64):
+            return f"dtype {x.dtype} is not one of {', '.join(map(str, CUDA[op]))}"
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs"
+    if op == "gram" and args and args[-1] != "tiles":
+        return f'its kernel takes the route "tiles", not "{args[-1]}"'
+    return None
+
+
+@functools.cache
+def _measured() -> list[dict]:
+    """Rows {op, device, dtype, least, most, speedup}: elements from least to most, where cuda was faster than triton."""
+    return json.loads(_DEFAULTS.read_text())
+
+
+def _not_default(op: str, args) -> str | None:
+    """Why the CUDA C++ kernel, which could serve the call, is not the default for it."""
+    tensors = _tensors(args)
+    rows = [r for r in _measured() if r["op"] == op]
+    if not rows:
+        return "compiled; not the default: never measured on a GPU"
+    x, elements = tensors[0], sum(t.numel() for t in tensors)
+    device = torch.cuda.get_device_name(x.device)
+    for r in rows:
+        if r["device"] == device and r["dtype"] == str(x.dtype) and r["least"] <= elements <= r["most"]:
+            return None
+    return f"compiled; not the default: no measurement on {device} says that it is faster for {elements} elements of {x.dtype}"
 
 
 def _refuse_triton(op: str, args) -> str | None:
@@ -142,7 +194,7 @@ def _choose(op: str, args) -> Explanation:
         raise BackendError(f"{ENV}={os.environ[ENV]}: unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
     found = Explanation(op, None)
     for name in named or BACKENDS:
-        if why := _REFUSE[name](op, args):
+        if why := _REFUSE[name](op, args) or (None if named or name != "cuda" else _not_default(op, args)):
             found.reasons[name] = why
         elif found.backend is None:
             found.backend = name
@@ -196,10 +248,10 @@ def table() -> dict[str, dict[str, tuple[bool, str]]]:
             kernel, why = False, "no Triton kernel yet" if error.name == module else f"{error.name} is not installed"
         if kernel and not torch.cuda.is_available():
             kernel, why = False, "no GPU"
-        cpp = _refuse_cpp(op, ())
+        cpp, cuda = _refuse_cpp(op, ()), _refuse_cuda(op, ()) or (None if torch.cuda.is_available() else "no GPU")
         out[op] = {
             "cpp": (cpp is None, cpp or ""),
-            "cuda": (False, _refuse_cuda(op, ())),
+            "cuda": (cuda is None, cuda or ""),
             "triton": (kernel, why),
             "reference": (True, ""),
         }
@@ -214,6 +266,8 @@ def _serve_gpu(op: str):
         found = _choose(op, args)
         if found.backend is None:
             raise BackendError(f"{ENV}={os.environ.get(ENV)}: nothing can serve this call\n{found}")
+        if found.backend == "cuda":
+            return getattr(getattr(torch.ops, f"{NAMESPACE}_cuda"), op)(*args)
         if found.backend == "triton":
             module = importlib.import_module(f"{__package__}.kernels.{_kernel_module(op)}")
             return getattr(module, op)(*args)

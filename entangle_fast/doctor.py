@@ -94,7 +94,7 @@ def gpu_runs(ops: dict[str, Any], results: Path) -> dict[str, str]:
     for op, row in ops.items():
         for backend in GPU_BACKENDS:
             # a kernel that was never written is not owed a run
-            if backend in row and not row[backend]["reason"].startswith(("no Triton kernel", "no CUDA C++ kernel")):
+            if backend in row and not row[backend]["reason"].startswith(("no Triton kernel", "no CUDA C++ kernel", "built without CUDA")):
                 devices = seen.get(f"{op}/{backend}", {})
                 runs = (f"ran on {device}" if right else f"WRONG on {device}" for device, right in devices.items())
                 out[f"{op}/{backend}"] = ", ".join(runs) or "not yet run on a GPU"

@@ -35,7 +35,8 @@ def render(report: Mapping[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
-        report=report, task=report["task"], columns=COLUMNS, rows=_rows(report), classes=_classes(report), notes=[*notes(report), *report["notes"]], failures=failures(report),
+        report=report, task=report["task"], columns=COLUMNS, rows=_rows(report), classes=_classes(report),
+        notes=[*notes(report), *report["notes"]], failures=failures(report),
         figures=svgs(report), captions=CAPTIONS, light=variables(False), dark=variables(True), version=__version__,
         title=lambda name: name.replace("_", " "),
         attacks=list(dict.fromkeys(attack for found in report["membership"].values() for attack in found)),

@@ -67,6 +67,17 @@ def test_unlearn(job):
     assert resume and config.run.out == "runs/run" and config.run.progress
 
 
+def test_a_finished_run_is_not_overwritten_unasked(job):
+    assert call("unlearn", job.path, "--out", job.out).exit_code == 0
+    for more in ([], ["--resume"]):
+        done = call("unlearn", job.path, "--out", job.out, *more)
+        assert done.exit_code == 2 and "holds a finished run; give another --out, or --overwrite" in done.stderr
+    assert len(job.calls) == 1
+    assert call("unlearn", job.path, "--out", job.out, "--overwrite").exit_code == 0 and len(job.calls) == 2
+    (job.out / "checkpoint.safetensors").touch()  # the second run was stopped
+    assert call("unlearn", job.path, "--out", job.out, "--resume").exit_code == 0 and len(job.calls) == 3
+
+
 def test_user_errors_are_one_line(job):
     job.path.write_text(JOB.replace("name", "nmae"))
     done = call("unlearn", job.path)
@@ -134,6 +145,36 @@ def test_demo(tmp_path, monkeypatch):
     assert call("demo", "--seeds", "0").exit_code == 2
 
 
+def test_compare(tmp_path, monkeypatch):
+    from entangle_fast import compare, compare_report
+
+    runs, shown = [], []
+    monkeypatch.setattr(compare, "run", runs.append)
+    monkeypatch.setattr(compare_report, "rebuild", lambda folder, console: shown.append(folder))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "compare-bag-boot" / "cells").mkdir(parents=True)
+    assert call("compare", "--forget", "Bag, Boot", "--methods", "scrub,neggrad", "--seeds", 2, "--quick", "--no-progress").exit_code == 0
+    (config,) = runs
+    assert config.task.forget == ["Bag", "Boot"] and config.compare.methods == ["scrub", "neggrad"] and config.compare.seeds == 2
+    assert config.compare.quick and not config.compare.progress and config.compare.jobs == 2
+    assert shown == [Path("runs/compare-bag-boot")]
+    done = call("compare", "--labels", "finer")
+    assert done.exit_code == 2 and "task.labels: got 'finer'" in done.stderr
+    assert call("compare", "--jobs", "0").exit_code == 2 and len(runs) == 1
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(tmp_path, monkeypatch):
+    from entangle_fast import compare
+
+    def run(config):
+        save_json(Path(config.compare.out) / "cells" / "scrub-0.json", {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run", run)
+    done = call("compare", "--out", tmp_path / "x")
+    assert done.exit_code == 130 and "cells/scrub-0.json" in done.stderr and "go on with: the same command" in done.stderr
+
+
 def test_report(tmp_path):
     finish(tmp_path)
     done = call("report", tmp_path)
@@ -143,7 +184,7 @@ def test_report(tmp_path):
 
 
 def test_help_and_version():
-    assert all(name in call("--help").output for name in ("demo", "unlearn", "report", "doctor"))
+    assert all(name in call("--help").output for name in ("demo", "unlearn", "compare", "report", "doctor"))
     assert "entangle-fast" in call("--version").output
 
 
@@ -152,6 +193,7 @@ def test_help_and_version():
     [
         (["demo"], None, True),
         (["unlearn", "x"], None, True),
+        (["compare"], None, True),
         (["doctor"], None, False),
         (["demo"], "0", False),
         (["demo"], "1", False),

@@ -274,14 +274,17 @@ def _plain_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 
 
 def _underivable(outputs: list[Tensor]) -> str:
-    """Name of the first node of the graph that torch would only warn of, its derivative being missing; "" without one."""
+    """Name of a node that stands for a missing derivative, "" without one.
+
+    Torch warns or says nothing where such a node leads to no parameter, and gives a Hessian that lacks its part.
+    """
     todo, seen = [t.grad_fn for t in outputs if t.grad_fn is not None], set()
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        if "NotImplemented" in node.name():
+        if node.name().endswith(("NotImplemented", "::Error")):  # no formula; once_differentiable
             return node.name()
         todo += [n for n, _ in node.next_functions if n is not None]
     return ""

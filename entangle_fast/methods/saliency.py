@@ -25,6 +25,7 @@ class SalUn(RandomLabels):
     """Configuration: that of RandomLabels, and ``keep``, the share of parameters that may move (0.5: the median)."""
 
     name = "salun"
+    lr: float = 5e-2
     keep: float = 0.5
 
     def __post_init__(self):

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from ..methods.training import batch_order, device_of, in_mode
 from .accuracy import accuracy
 from .losses import sample_losses
-from .relearning_attackers import ROWS, attack
+from .relearning_attackers import LEARNING_RATES, ROWS, attack
+from .relearning_checks import check_options, check_sets, positive
 
-LEARNING_RATES = {"sgd": 2e-4, "adam": 1e-4, "retain": 1e-3, "prototype": 0.02}
 RECIPE = ("attacker", "lr", "momentum", "batch", "share", "shots", "tolerance")  # what must agree for delays to be compared
 
 
@@ -96,7 +96,7 @@ class Relearning:
 
     def at(self, tolerance: float) -> Relearning:
         """The same measurement read at another tolerance (nats)."""
-        _positive("tolerance", tolerance)
+        positive("tolerance", tolerance)
         given = {name: getattr(self, name) for name, f in self.__dataclass_fields__.items() if f.init}
         return Relearning(**{**given, "tolerance": tolerance})
 
@@ -167,8 +167,8 @@ def relearn(
     seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     lr = LEARNING_RATES.get(attacker) if lr is None else lr
     recipe = dict(attacker=attacker, lr=lr, momentum=momentum, batch=batch, share=share, shots=shots, tolerance=tolerance)
-    _check(seeds=seeds, steps=steps, eval_every=eval_every, eval_samples=eval_samples, batched=batched, **recipe)
-    _check_sets(model, forget=forget, test=test, retain=retain)
+    check_options(seeds=seeds, steps=steps, eval_every=eval_every, eval_samples=eval_samples, batched=batched, **recipe)
+    check_sets(model, forget=forget, test=test, retain=retain)
     if attacker == "retain" and retain is None:
         raise ValueError("retain: got None; attacker 'retain' needs (x, y) retain samples")
     gap = _weight_gap(model, original)
@@ -277,48 +277,6 @@ def _all_finite(losses: Tensor, seeds, t: int, attacker: str, lr: float, where: 
         i = int(bad.nonzero()[0])
         raise FloatingPointError(f"attacker {attacker!r}, seed {seeds[i]}: the loss on the {where} is {losses[i].item()} at step {t} "
                                  f"(lr {lr}); an attack that diverges measures nothing: lower lr")  # fmt: skip
-
-
-def _positive(name: str, value) -> None:
-    if not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: got {value!r}; needs a finite number > 0")
-
-
-def _check(*, attacker, lr, momentum, batch, share, shots, tolerance, seeds, steps, eval_every, eval_samples, batched) -> None:
-    if attacker not in LEARNING_RATES:
-        raise ValueError(f"attacker: got {attacker!r}; needs one of {', '.join(LEARNING_RATES)}")
-    if batched not in ("auto", "vmap", "loop"):
-        raise ValueError(f"batched: got {batched!r}; needs 'auto', 'vmap' or 'loop'")
-    _positive("lr", lr)
-    _positive("tolerance", tolerance)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: got {momentum!r}; needs a number in [0, 1)")
-    if not 0 < share <= 1:
-        raise ValueError(f"share: got {share!r}; needs a share in (0, 1]")
-    for name, value in (("batch", batch), ("steps", steps), ("eval_every", eval_every), ("shots", shots),
-                        ("eval_samples", 1 if eval_samples is None else eval_samples)):  # fmt: skip
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: got {value!r}; needs a whole number >= 1")
-    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds: got {seeds}; needs how many (>= 1), or different whole numbers >= 0")
-
-
-def _check_sets(model: nn.Module, **sets) -> None:
-    """Each set is (x, y) with labels that the model predicts."""
-    for name, given in sets.items():
-        if given is None:
-            continue
-        if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(t, Tensor) for t in given)):
-            raise ValueError(f"{name}: got {type(given).__name__}; needs tensors (x, y)")
-        x, y = given
-        if len(x) == 0 or y.shape != (len(x),) or y.dtype != torch.int64:
-            raise ValueError(f"{name}: got {len(x)} samples and {y.dtype} labels of shape {tuple(y.shape)}; needs at least one "
-                             "sample, and int64 labels (n,)")  # fmt: skip
-        with in_mode(model, False), torch.no_grad():
-            logits = model(x[:1].to(device_of(model)))
-        if logits.dim() != 2 or y.min() < 0 or y.max() >= logits.shape[1]:
-            raise ValueError(f"{name}: labels from {int(y.min())} to {int(y.max())}, but the model's output for one sample is of shape "
-                             f"{tuple(logits.shape)}; needs logits (1, classes) and labels in [0, classes)")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from ..methods.training import device_of
 from ..tasks.adjacency import embed
 
 ROWS = 256  # samples in one evaluating call
+# tens of steps on the demo's models, where ten times more undoes any method in one or two
+LEARNING_RATES = {"sgd": 2e-4, "adam": 1e-4, "retain": 1e-3, "prototype": 0.02}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

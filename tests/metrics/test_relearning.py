@@ -32,8 +32,17 @@ class Frozen(nn.Module):
         return self.head(self.drop(torch.tanh(self.norm(self.a(x[:, None])))).flatten(1))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Two threads on models this small only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def pair():
+def pair(_one_thread):
     """An original that knows the forget class, and one that was made to forget it by ascent."""
     original = trained(D64)
     unlearned = copy.deepcopy(original)

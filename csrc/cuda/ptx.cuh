@@ -1,0 +1,189 @@
+// PTX that CUDA C++ has no words for: one wrapper an instruction, the only inline assembly of the tensor-core kernels.
+// Under EF_CUDA_HOST the same names call tests/cuda_host. Instructions and layouts: PTX ISA 8.x.
+#pragma once
+
+#include "common.cuh"
+
+#ifdef EF_CUDA_HOST
+#define EF_SITE , cuda_host::Where w = cuda_host::Where::current()  // who called: the mutation test switches single calls off
+#define EF_ONLY_SITE cuda_host::Where w = cuda_host::Where::current()
+#define EF_PTX(device, host) host
+#else
+#define EF_SITE
+#define EF_ONLY_SITE
+#define EF_PTX(device, host) device
+#endif
+#if defined(EF_CUDA_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define EF_SM90A 1  // TMA and wgmma exist
+#endif
+
+namespace ef::cuda::ptx {
+
+EF_DEVICE uint32_t shared_address(const void* p) {
+  return EF_PTX(static_cast<uint32_t>(__cvta_generic_to_shared(p)),
+                uint32_t(static_cast<const unsigned char*>(p) - cuda_host::block->shared + cuda_host::SHARED_BASE));
+}
+
+// p + i, where n elements are read: checked on the host, where nowhere is a place to read NaN from
+template <class T> EF_DEVICE const T* checked(Span<const T> p, int64_t i, int64_t n) {
+#ifdef EF_CUDA_HOST
+  alignas(16) static const uint64_t nowhere[2] = {~0ull, ~0ull};
+  if (n && (i < p.low() || i + n > p.high())) return span_fail("copy", p.get(), i, p.low(), p.high()), (const T*)nowhere;
+  return p.get() + i;
+#else
+  return p + i;
+#endif
+}
+
+// ---- cp.async: 16 bytes, of which `valid` are read and the others zero
+
+EF_DEVICE void cp_async_16(void* to, const void* from, int valid) {
+  EF_PTX(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid) : "memory"),
+         cuda_host::cp_async(to, from, 16, valid));
+}
+EF_DEVICE void cp_async_commit(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("cp.async.commit_group;" ::: "memory"), cuda_host::cp_async_commit(w));
+}
+template <int LEFT> EF_DEVICE void cp_async_wait(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"), cuda_host::cp_async_wait(LEFT, w));
+}
+
+// ---- mma.sync: D (16, 8) += A (16, k) B (k, 8), float32 sums
+
+EF_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b EF_SITE) {
+  EF_PTX(asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
+         cuda_host::mma_16816<cuda_host::from_bf16>(d, a, b, w));
+}
+EF_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b EF_SITE) {
+  EF_PTX(asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
+         cuda_host::mma_16816<cuda_host::from_f16>(d, a, b, w));
+}
+EF_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b EF_SITE) {
+  EF_PTX(asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])),
+         cuda_host::mma_1688_tf32(d, a, b, w));
+}
+// x rounded to tf32's 10 bits of mantissa, to nearest, ties away from zero
+EF_DEVICE uint32_t to_tf32(float x) {
+#ifdef EF_CUDA_HOST
+  const uint32_t u = bits_as<uint32_t>(x);
+  return x - x != 0 ? u : (u + 0x1000) & 0xFFFFE000u;
+#else
+  uint32_t out;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(x));
+  return out;
+#endif
+}
+
+EF_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row EF_SITE) {
+  EF_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                      : "r"(shared_address(row))
+                      : "memory"),
+         cuda_host::ldmatrix_x4(r, row, false, w));
+}
+EF_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row EF_SITE) {
+  EF_PTX(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                      : "r"(shared_address(row))
+                      : "memory"),
+         cuda_host::ldmatrix_x4(r, row, true, w));
+}
+
+#ifdef EF_SM90A
+// ---- mbarrier, TMA
+
+EF_DEVICE void mbarrier_init(uint64_t* bar, int arrivals) {
+  EF_PTX(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory"),
+         cuda_host::mbarrier_init(bar, arrivals));
+}
+// initialised mbarriers become visible to the asynchronous proxy
+EF_DEVICE void fence_mbarrier_init(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory"), cuda_host::fence_mbarrier_init(w));
+}
+EF_DEVICE void mbarrier_arrive(uint64_t* bar EF_SITE) {
+  EF_PTX(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory"),
+         cuda_host::mbarrier_arrive(bar, 0, w));
+}
+EF_DEVICE void mbarrier_arrive_expect(uint64_t* bar, int bytes EF_SITE) {
+  EF_PTX(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory"),
+         cuda_host::mbarrier_arrive(bar, bytes, w));
+}
+// until the phase of this parity has completed
+EF_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity EF_SITE) {
+#ifdef EF_CUDA_HOST
+  cuda_host::mbarrier_wait(bar, parity, w);
+#else
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t}" ::"r"(shared_address(bar)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+EF_DEVICE void tma_load_3d(void* to, const void* map, int c0, int c1, int c2, uint64_t* bar) {
+  EF_PTX(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+                          shared_address(to)),
+                      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(bar))
+                      : "memory"),
+         cuda_host::tma_load(to, static_cast<const cuda_host::TensorMap*>(map), {c0, c1, c2}, bar));
+}
+
+// ---- wgmma
+
+// A plain store to shared memory that wgmma will read, after fence_proxy_async and a barrier
+EF_DEVICE void store_shared(void* to, uint32_t value) {
+  *static_cast<uint32_t*>(to) = value;
+#ifdef EF_CUDA_HOST
+  cuda_host::written_by_store(to, 4);
+#endif
+}
+EF_DEVICE void fence_proxy_async(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"), cuda_host::fence_proxy_async(w));
+}
+EF_DEVICE void wgmma_fence(EF_ONLY_SITE) { EF_PTX(asm volatile("wgmma.fence.sync.aligned;" ::: "memory"), cuda_host::wgmma_fence(w)); }
+EF_DEVICE void wgmma_commit(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"), cuda_host::wgmma_commit(w));
+}
+EF_DEVICE void wgmma_wait_all(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"), cuda_host::wgmma_wait(0, w));
+}
+EF_DEVICE void named_barrier(int id, int threads EF_SITE) {
+  EF_PTX(asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"), cuda_host::named_barrier(id, threads, w));
+}
+
+// Matrix descriptor of an operand behind a 128, 64 or 32 byte swizzle. stride: bytes between groups of eight rows of the
+// swizzle pattern; leading, between patterns side by side, is not used: no operand here is wider than one.
+EF_DEVICE uint64_t descriptor(uint32_t address, uint32_t stride, int swizzle) {
+  const uint64_t mode = swizzle == 128 ? 1 : swizzle == 64 ? 2 : 3;
+  return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)1 << 16 | (uint64_t)(stride >> 4) << 32 | mode << 62;
+}
+
+// D (64, 16) += A (64, 16) B (16, 16); A and B contiguous along rows and columns (transposed in memory)
+EF_DEVICE void wgmma_m64n16_mn(float (&d)[8], uint64_t a, uint64_t b EF_SITE) {
+  EF_PTX(asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 1, 1;"
+                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                      : "l"(a), "l"(b)),
+         cuda_host::wgmma(d, 16, a, b, false, false, w));
+}
+// D (64, 64) += A (64, 16) B (16, 64); both contiguous along k
+EF_DEVICE void wgmma_m64n64_k(float (&d)[32], uint64_t a, uint64_t b EF_SITE) {
+  EF_PTX(asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
+                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                      : "l"(a), "l"(b)),
+         cuda_host::wgmma(d, 64, a, b, true, true, w));
+}
+#endif
+
+}  // namespace ef::cuda::ptx

@@ -1,0 +1,19 @@
+// What build.py calls in every library that it makes.
+#include "cuda_host.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void cuda_host_begin(unsigned seed, int eager, const char* off_file, int off_line) {
+  cuda_host::options = {seed, eager != 0, off_line, off_file};
+  cuda_host::random_bits.seed(seed);
+  cuda_host::error.clear();
+  ef::cuda::span_clear();
+}
+EXPORT void cuda_host_allow(const void* p, int64_t bytes) { ef::cuda::span_allow(p, bytes); }
+EXPORT const char* cuda_host_error() { return cuda_host::error.c_str(); }
+EXPORT const char* cuda_host_visited() {  // "file:line ..." of every synchronisation that ran so far
+  static std::string text;
+  text.clear();
+  for (auto& site : cuda_host::visited) text += site.file + ":" + std::to_string(site.line) + " ";
+  return text.c_str();
+}

@@ -1,0 +1,115 @@
+// Small kernels that test the host header itself: each uses one piece of it in the way that the real kernels do, or wrongly.
+#include "gram_sm90.cuh"
+#include "reduce.cuh"
+
+using namespace ef::cuda;
+
+// out (5, 64): xor by 5, broadcast from lane 3, up by 2, ballot of odd lanes, block sum
+__global__ void warps(Span<float> out) {
+  const int t = threadIdx.x;
+  const float v = t;
+  out[t] = __shfl_xor_sync(kAll, v, 5);
+  out[64 + t] = __shfl_sync(kAll, v, 3);
+  out[128 + t] = __shfl_up_sync(kAll, v, 2);
+  out[192 + t] = __ballot_sync(kAll, t & 1) == 0xAAAAAAAAu;
+  out[256 + t] = block_sum(v);
+}
+EF_LAUNCHER probe_warps(float* out, void* stream) { return launch(warps, dim3(1), dim3(64), 0, stream, out); }
+
+// D (16, 8) = A (16, 16) B (16, 8), A and Bᵀ row-major 16-bit; through ldmatrix, plain or transposed, in a padded tile
+template <int TYPE> __global__ void mma(Span<const Bf16> a, Span<const Bf16> bt, Span<float> out) {
+  EF_DYNAMIC_SHARED(Bf16, s);
+  const int lane = threadIdx.x;
+  for (int e = lane; e < 256; e += 32) s[e / 16 * 24 + e % 16] = a[e];
+  for (int e = lane; e < 128; e += 32) s[384 + e % 16 * 24 + e / 16] = bt[e];  // B itself: k rows of n, for the transposed load
+  for (int e = lane; e < 128; e += 32) s[384 + e % 16 * 24 + 8 + e / 16] = Bf16{};
+  __syncwarp();
+  uint32_t x[4], y[4];
+  ptx::ldmatrix_x4(x, s + (lane % 8 + (lane / 8 & 1) * 8) * 24 + lane / 16 * 8);
+  ptx::ldmatrix_x4_trans(y, s + 384 + (lane % 8 + (lane / 8 & 1) * 8) * 24 + lane / 16 * 8);
+  float d[4] = {};
+  if constexpr (TYPE == kBf16) ptx::mma_bf16(d, x, y);
+  else ptx::mma_f16(d, x, y);
+  for (int e = 0; e < 4; ++e) out[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = d[e];
+}
+EF_LAUNCHER probe_mma(int type, const Bf16* a, const Bf16* bt, float* out, void* stream) {
+  return launch(type == kBf16 ? mma<kBf16> : mma<kHalf>, dim3(1), dim3(32), 2 * 768, stream, a, bt, out);
+}
+
+// first (64, 16) = Bᵀ A for b (t ≤ 64, 64), a (t, 16) by TMA and the transposed form; second (64, 64) = first firstᵀ after rounding.
+// wrong: 1 no proxy fence for the plain stores, 2 no fence of the mbarrier
+__global__ void wgmma(const __grid_constant__ sm90::Maps maps, Span<float> first, Span<float> second, int wrong) {
+  EF_DYNAMIC_SHARED(unsigned char, s);
+  uint64_t* bar = reinterpret_cast<uint64_t*>(s + 32768);
+  const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+  if (thread == 0) {
+    ptx::mbarrier_init(bar, 1);
+    if (wrong != 2) ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect(bar, sm90::kStage);
+    ptx::tma_load_3d(s, &maps.b, 0, 0, 0, bar);
+    ptx::tma_load_3d(s + sm90::kBytesB, &maps.a, 0, 0, 0, bar);
+  }
+  __syncthreads();
+  ptx::mbarrier_wait(bar, 0);
+  float d[8] = {}, e[32] = {};
+  const uint32_t b = ptx::shared_address(s), a = b + sm90::kBytesB;
+  ptx::wgmma_fence();
+  for (int k = 0; k < 4; ++k) ptx::wgmma_m64n16_mn(d, ptx::descriptor(b + k * 2048, 1024, 128), ptx::descriptor(a + k * 512, 256, 32));
+  ptx::wgmma_commit();
+  ptx::wgmma_wait_all();
+  unsigned char* x = s + 16384;  // rows of d as (64, 16) bfloat16 in the first 32 bytes of a 128-byte swizzled row
+  for (int q = 0; q < 8; ++q) first[(row + q / 2 % 2 * 8) * 16 + q / 4 * 8 + column + q % 2] = d[q];
+  for (int h = 0; h < 2; ++h)
+    for (int c = 0; c < 2; ++c) {
+      const int r = row + 8 * h;
+      const uint32_t pair = (uint32_t)narrow<Bf16>(d[4 * c + 2 * h + 1]).bits << 16 | narrow<Bf16>(d[4 * c + 2 * h]).bits;
+      ptx::store_shared(x + r * 128 + (c ^ r % 8) * 16 + column * 2, pair);
+    }
+  if (wrong != 1) ptx::fence_proxy_async();
+  ptx::named_barrier(1, 128);
+  const uint64_t rows = ptx::descriptor(ptx::shared_address(x), 1024, 128);
+  ptx::wgmma_fence();
+  ptx::wgmma_m64n64_k(e, rows, rows);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait_all();
+  for (int q = 0; q < 32; ++q) second[(row + q / 2 % 2 * 8) * 64 + q / 4 * 8 + column + q % 2] = e[q];
+}
+EF_LAUNCHER probe_wgmma(const Factors* f, float* first, float* second, int wrong, void* stream) {
+  sm90::Maps maps;
+  EF_TRY(sm90::encode(&maps.a, f->a, 16, f->t, f->n, f->a_position, f->a_sample, 16));
+  EF_TRY(sm90::encode(&maps.b, f->b, 64, f->t, f->n, f->b_position, f->b_sample, 64));
+  return launch(wgmma, dim3(1), dim3(128), 33024, stream, maps, first, second, wrong);
+}
+
+// what: 1 a barrier that half of the block skips, 2 a write beyond the tensor, 3 a write beyond shared memory,
+// 4 a ticket without a fence, 5 a shuffle that some lanes do not reach, 6 an element beyond a static array, 7 a barrier after an early return
+__global__ void wrong(Span<float> out, Span<unsigned> counter, int what) {
+  EF_DYNAMIC_SHARED(float, s);
+  const int t = threadIdx.x;
+  float value = 0;
+  if (what == 1 && t < 32) __syncthreads();
+  if (what == 2) out[t] = 1;
+  if (what == 3) s[64 + t] = 1;
+  if (what == 4 && t == 0) value = atomicAdd(&counter[0], 1u);
+  if (what == 5 && t % 2) value = __shfl_sync(kAll, 1.0f, 0);
+  if (what == 6) {
+    float few[4] = {};
+    few[t + what - 6] = 1;
+    value = few[t % 4];
+  }
+  if (what == 7) {
+    if (t == 9) return;
+    __syncthreads();
+  }
+  if (t < 4) out[t] = value;
+}
+EF_LAUNCHER probe_wrong(float* out, unsigned* counter, int what, void* stream) {
+  return launch(wrong, dim3(1), dim3(64), 256, stream, out, counter, what);
+}
+
+// out (blocks, threads): the order in which threads came, a block's own row
+__global__ void order(Span<float> out, Span<float> count) {
+  out[(int64_t)blockIdx.x * blockDim.x + threadIdx.x] = count[0];
+  count[0] += 1;
+}
+EF_LAUNCHER probe_order(float* out, float* count, void* stream) { return launch(order, dim3(3), dim3(70), 0, stream, out, count); }

@@ -1,0 +1,86 @@
+"""The host header itself: layouts against plain matmul, every misuse an error, random orders."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from build import Factors, load, run
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def probe():
+    return load(HERE / "probe.cu")
+
+
+def test_warps(probe):
+    out = torch.full((5, 64), float("nan"))
+    run(probe.probe_warps, out, library=probe)
+    t = torch.arange(64)
+    base = t // 32 * 32
+    want = torch.stack([t ^ 5, base + 3, torch.where(t % 32 >= 2, t - 2, t), torch.ones(64), torch.full((64,), 2016)])
+    assert torch.equal(out, want.float())
+
+
+@pytest.mark.parametrize("type, dtype", [(2, torch.bfloat16), (3, torch.float16)])
+def test_ldmatrix_and_mma(probe, type, dtype):
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
+    out = torch.full((16, 8), float("nan"))
+    run(probe.probe_mma, type, a, b.T.contiguous(), out, library=probe)
+    torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("t", [64, 37])
+def test_tma_and_wgmma(probe, eager, t):
+    f = Factors(torch.randn(2, t, 16).bfloat16(), torch.randn(2, t, 64).bfloat16())
+    first, second = torch.full((64, 16), float("nan")), torch.full((64, 64), float("nan"))
+    run(probe.probe_wgmma, f, first, second, 0, library=probe, eager=eager)
+    want = f.tensors[1][0].float().T @ f.tensors[0][0].float()
+    torch.testing.assert_close(first, want, rtol=1e-5, atol=1e-4)
+    rounded = first.bfloat16().float()
+    torch.testing.assert_close(second, rounded @ rounded.T, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("wrong, says", [(1, "fence.proxy.async"), (2, "not fenced")])
+def test_proxy_rules(probe, wrong, says):
+    f = Factors(torch.randn(1, 64, 16).bfloat16(), torch.randn(1, 64, 64).bfloat16())
+    with pytest.raises(RuntimeError, match=says):
+        run(probe.probe_wgmma, f, torch.empty(64, 16), torch.empty(64, 64), wrong, library=probe)
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        (1, "deadlock.*32 wait at probe.cu"), (2, "outside of a tensor"), (3, "beyond the 256 B of dynamic shared"),
+        (4, "without __threadfence"), (5, "deadlock.*32 wait"), (7, "deadlock.*63 wait.*1 have left"),
+    ],
+)  # fmt: skip
+def test_misuse_is_an_error(probe, what, says):
+    with pytest.raises(RuntimeError, match=says):
+        run(probe.probe_wrong, torch.zeros(10), torch.zeros(1, dtype=torch.int32), what, library=probe)
+    run(probe.probe_wrong, torch.zeros(64), torch.zeros(1, dtype=torch.int32), 0, library=probe)  # and the next call is fine
+
+
+def test_local_array_overrun_stops_the_process():
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import torch; from build import load, run\n"
+        f"p = load({str(HERE / 'probe.cu')!r})\n"
+        "run(p.probe_wrong, torch.zeros(64), torch.zeros(1, dtype=torch.int32), 6, library=p)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
+
+
+def test_orders_differ_by_seed_and_repeat(probe):
+    def order(seed):
+        out, count = torch.full((3, 70), float("nan")), torch.zeros(1)
+        run(probe.probe_order, out, count, library=probe, seed=seed)
+        assert sorted(out.flatten().tolist()) == list(range(210))
+        return out
+
+    assert torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
+    assert any(order(s)[0].min() > order(s)[1].min() for s in range(8))  # blocks too

@@ -1,0 +1,96 @@
+import bound
+import pytest
+import torch
+from shapes import assert_as_good, bits, misaligned, some
+
+from entangle_fast import reference
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7])
+def test_gram(cuda, dtype, k):
+    flat = [x for _ in range(k) for x in some(dtype)]
+    torch.testing.assert_close(cuda.step_gram(flat, k), reference.step_gram(flat, k), rtol=1e-12, atol=1e-9)
+
+
+def test_gram_of_misaligned_mixed_and_strided_tensors(cuda):
+    flat = misaligned(some(torch.float32)) + some(torch.float32)
+    torch.testing.assert_close(cuda.step_gram(flat, 2), reference.step_gram(flat, 2), rtol=1e-12, atol=1e-9)
+    flat = [torch.randn(7, 5).t(), torch.randn(9).bfloat16(), torch.randn(5, 7), torch.randn(9)]
+    torch.testing.assert_close(cuda.step_gram(flat, 2), reference.step_gram(flat, 2), rtol=1e-12, atol=1e-9)
+    assert torch.equal(cuda.step_gram([torch.zeros(0)] * 2, 2), torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_gram_is_the_same_in_any_order_of_blocks_and_threads(cuda):
+    flat = [x for _ in range(2) for x in some(torch.float32)]
+    found = []
+    for seed in (1, 2, 3):
+        bound.begin(seed=seed)
+        found.append(cuda.step_gram(flat, 2))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("k, momentum, noise", [(0, False, 0.0), (1, True, 0.0), (2, True, 0.1), (5, False, 0.1), (5, True, 0.0)])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_update(cuda, dtype, k, momentum, noise, aligned):
+    place = (lambda xs: xs) if aligned else misaligned
+    params, grads, v = some(dtype), some(dtype), some(dtype) if momentum else []
+    directions = [x for _ in range(k) for x in some(dtype)]
+    coef = torch.randn(k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    rest = (0.1, 0.9, 0.01, noise, 2**40 + 5, 2**33)
+
+    def run(op, to):
+        mine = [place([x.to(to).clone() for x in xs]) for xs in (params, v, grads, directions)]
+        op(*mine, coef.to(to if to == torch.float64 else coef.dtype), *rest)
+        return mine[0] + mine[1]
+
+    runs = (run(op, to) for op, to in ((cuda.step_update, dtype), (reference.step_update, dtype), (reference.step_update, torch.float64)))
+    for ours, plain, truth in zip(*runs):
+        if noise and dtype == torch.float64:  # the draws are float32, by definition
+            torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6)
+        else:
+            assert_as_good(ours, plain, truth)
+
+
+@pytest.mark.parametrize("held, read", [(torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_update_of_low_precision_parameters_with_wide_momentum_or_gradients(cuda, held, read):
+    theta, v = some(torch.bfloat16), some(held)
+    grads, directions = some(read), some(read)
+    mine, plain = ([[x.clone() for x in xs] for xs in (theta, v)] for _ in range(2))
+    cuda.step_update(*mine, grads, directions, torch.tensor([0.3]), 0.1, 0.9)
+    reference.step_update(*plain, grads, directions, torch.tensor([0.3]), 0.1, 0.9)
+    for ours, theirs in zip(mine[0] + mine[1], plain[0] + plain[1]):
+        torch.testing.assert_close(ours, theirs, rtol=8e-3 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_noise_is_the_stream_of_the_reference(cuda):
+    theta, zero = ([torch.zeros(s) for s in (3, 20003, 8)] for _ in range(2))
+    cuda.step_update(theta, [], zero, [], torch.zeros(0), 0.0, 0.0, 0.0, 1.0, 2**40 + 5, 2**33)
+    torch.testing.assert_close(torch.cat(theta), reference.philox.normal(20014, 2**40 + 5, 2**33), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_lookahead_is_undone_to_the_bit(cuda, dtype, aligned):
+    params, grads = some(dtype), some(dtype)
+    params[2][:3] *= 1e-30  # far smaller than their step: the plain undo loses them
+    params[3][:5] = torch.tensor([0.0, -0.0, 1e-40, float("inf"), 3e38]).to(dtype)
+    params[3][8190:8200] = 1e-30
+    if not aligned:
+        params = misaligned(params)
+    before = [x.clone() for x in params]
+    ulps, index, value = cuda.step_lookahead(params, grads, 0.3)
+    for x, old, g in zip(params, before, grads):  # one rounding, to the parameter's dtype
+        torch.testing.assert_close(x, (old.double() - 0.3 * g.double()).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert all(u.dtype == torch.int8 and u.shape == x.shape for u, x in zip(ulps, params))
+    assert len(index) == len(value) > 0 and index.unique(dim=0).equal(index)  # in the order of the elements
+    cuda.step_lookahead_undo(params, grads, ulps, index, value, 0.3)
+    assert all(torch.equal(x, y) for x, y in zip(bits(params), bits(before)))
+
+
+def test_bad_arguments_are_refused(cuda):
+    p = [torch.randn(5)]
+    with pytest.raises(RuntimeError, match="differ in size"):
+        cuda.step_update(p, [], [torch.randn(4)], [], torch.zeros(0), 0.1)
+    with pytest.raises(RuntimeError, match="differ in size"):
+        cuda.step_gram(p + [torch.randn(4)], 2)
+    with pytest.raises(RuntimeError, match="not float32"):
+        cuda.step_gram([torch.arange(3)], 1)

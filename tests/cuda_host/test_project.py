@@ -1,0 +1,40 @@
+"""csrc/cuda/project.cu on the CPU against the reference in float64: the same numbers drawn, error at most twice plain PyTorch's."""
+
+import pytest
+import torch
+from calls import project_random
+from plain import plain_precision
+from rule import agree, exact
+
+from entangle_fast import reference
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# n, t, d_in, d_out, k: d_in a multiple of 4 or not, more directions than a block holds, more samples than a block holds
+SHAPES = [(1, 1, 1, 1, 1), (2, 5, 7, 9, 3), (66, 17, 24, 40, 9), (3, 9, 16, 17, 151), (3, 20, 12, 33, 258)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_project_random(shape, kind, dtype):
+    n, t, d_in, d_out, k = shape
+    a, b = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
+    rest = (k, (1 << 40) + 7, (1 << 33) + 5, kind)
+    with plain_precision():
+        plain = reference.project_random(a, b, *rest)
+    want = reference.project_random(*exact([a, b]), *rest)
+    for seed, eager in ((1, False), (2, True)):
+        got = project_random(a, b, *rest, seed_order=seed, eager=eager)
+        agree(got, plain, want, eps=torch.finfo(dtype).eps / 16)
+
+
+def test_same_bits_in_any_order():
+    a, b = torch.randn(5, 6, 20).bfloat16(), torch.randn(5, 6, 40).bfloat16()
+    first = project_random(a, b, 10, 3, kind="gaussian", seed_order=1)
+    assert torch.equal(first, project_random(a, b, 10, 3, kind="gaussian", seed_order=5, eager=True))
+
+
+def test_out_of_bounds_is_seen():
+    a, b = torch.randn(5, 6, 8), torch.randn(5, 6, 16)
+    with pytest.raises(RuntimeError, match="outside"):
+        project_random(a, b, 4, 3, beyond=16)
