@@ -46,6 +46,8 @@ def find_nvcc() -> Path | None:
     wish = os.environ.get("ENTANGLE_FAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise RuntimeError(f"ENTANGLE_FAST_CUDA={wish}: needs 0 (leave CUDA out), 1 (require nvcc), or nothing (build where nvcc is)")
+    if os.environ.get("ENTANGLE_FAST_SANITIZE"):
+        return None  # the sanitizers see the CPU kernels only
     if wish == "0":
         say("CUDA kernels left out (ENTANGLE_FAST_CUDA=0)")
         return None
@@ -161,7 +163,7 @@ class BuildWithNinja(build_ext):
 
         output = Path(self.get_ext_fullpath("entangle_fast._C")).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(self.build_temp).resolve()
+        work = ROOT / "build" / "ninja"  # not build_temp, which pip makes anew each time: objects are kept between installs
         work.mkdir(parents=True, exist_ok=True)
         tool = Path(ninja.BIN_DIR) / "ninja"
 

@@ -2,9 +2,9 @@
 
     python bench/dispatch_table.py
 
-Read are the GPU folders' files with a "device" and "backends" (bench/gpu_backends.py writes them): records of op, backend "cuda",
-dtype, elements, ms, triton_ms, and correct, which counts as true where absent. A range of sizes goes into the table where every measured size in
-it was at least 1.1 times as fast as Triton; its speedup is the least of them.
+Read are the GPU folders' files with a "device" and "backends" (bench/gpu_backends.py writes them): records of op, backend
+"cuda", dtype, elements, ms, triton_ms, and correct, true where absent. A range of sizes goes into the table where every
+size measured in it was at least 1.1 times as fast as Triton; its speedup is the least of them.
 """
 
 import json

@@ -147,7 +147,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder; one of the same settings goes on. [default: runs/compare-CLASS]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the passes, to see it work.")] = False,
     attack_seeds: Annotated[int | None, typer.Option(min=1, help="Relearning runs an attacker. [default: 3]")] = None,
-    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a relearning run. [default: 100]")] = None,
+    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a relearning run. [default: 200]")] = None,
     no_progress: NoProgress = False,
     debug: Debug = False,
 ) -> None:

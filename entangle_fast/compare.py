@@ -45,7 +45,7 @@ class CompareOptions:
     seeds: int = 3
     jobs: int = 2
     attack_seeds: int = 3
-    attack_steps: int = 100
+    attack_steps: int = 200
     quick: bool = False
     out: str = "runs/compare"
     progress: bool = True
@@ -230,11 +230,12 @@ class _Crew:
             if self.stopping:
                 return None
             child = subprocess.Popen(
-                [*command, str(self.threads), str(self.jobs)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                [*command, str(self.threads), str(self.jobs)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
             self.live.add(child)
-        said = child.communicate()[1].strip().splitlines()
+        with child:  # its stdin stays open as long as this process lives
+            said = child.stderr.read().strip().splitlines()
         with self.lock:
             self.live.discard(child)
             if self.stopping or not child.returncode:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import statistics
 import sys
+import threading
 import time
 import traceback
 from importlib.util import find_spec
@@ -23,7 +25,6 @@ from .metrics.relearning import relearn
 from .metrics.utility import utility
 
 ATTACKERS = ("sgd", "adam")
-EVAL_SAMPLES = 128  # forget samples on which the relearned loss is taken: at every step, so most of an attack's time
 
 
 def work(folder: Path, task: compare.Task, jobs: int = 1) -> None:
@@ -89,7 +90,7 @@ def measure_cell(model, *, original, retrained, sets, seed: int, attack_seeds: i
     for attacker in ATTACKERS:
         try:
             attack = relearn(model, original, sets.train.forget, attacker=attacker, steps=attack_steps, seeds=attack_seeds,
-                             eval_samples=EVAL_SAMPLES, progress=False)  # fmt: skip
+                             progress=False)  # fmt: skip
         except FloatingPointError as error:
             details["notes"].append(f"relearning by {attacker}: {error}")
             continue
@@ -106,8 +107,15 @@ def _load(data, path: Path) -> torch.nn.Module:
 
 def main(arguments: list[str]) -> None:
     folder, what, seed, threads, jobs = arguments
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(threads))
     work(Path(folder), compare.Task(what, int(seed)), int(jobs))
+
+
+def _end_with_parent() -> None:
+    """However the comparison ended, its side of the pipe is closed then."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import FAINT, INK, MARKERS, METHOD_COLOURS, SPARE_COLOURS, _both, _figure, _place_labels, _title, style
+from .figures import FAINT, FLOOR, INK, MARKERS, METHOD_COLOURS, SPARE_COLOURS, _both, _figure, _place_labels, _title, style
 from .report import REFERENCES
 
 COLOURS = (*SPARE_COLOURS, "#E69F00", "#56B4E9", "#D55E00")  # with a marker each: colours come round, pairs do not
@@ -28,7 +28,8 @@ ON_DARK = {  # colours that a dark page needs lighter
 
 def drawings(report: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
     """name → a function that draws it, or gives None where the report has no numbers for it."""
-    return {"pareto": lambda: pareto(report), "delay": lambda: delay(report), "relearning": lambda: relearning(report)}
+    return {"pareto": lambda: pareto(report), "delay": lambda: delay(report),
+            **{f"relearning_{a}": lambda a=a: relearning(report, a) for a in report["curves"]}}
 
 
 def svgs(report: Mapping[str, Any]) -> dict[str, str]:
@@ -155,33 +156,26 @@ def _draw(figure, ax, report: Mapping[str, Any], points: Mapping[str, tuple[floa
                     arrowprops=leader, path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
 
 
-def relearning(report: Mapping[str, Any]):
-    """Loss on the forget samples over relearning steps, a panel for each attacker."""
-    from matplotlib.lines import Line2D
-
-    curves = {a: c for a, c in report["curves"].items() if c}
+def relearning(report: Mapping[str, Any], attacker: str):
+    """Loss on the forget samples (nats) over one attacker's steps, both logarithmic."""
+    curves = report["curves"][attacker]
     if not curves:
         return None
     look = looks(report)
-    figure = _figure(6.4, 3.2 * len(curves) + 0.9)
-    axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, (attacker, methods) in zip(axes, curves.items()):
-        for name, curve in methods.items():
-            colour, marker = look[name]
-            every = max(1, len(curve["steps"]) // 8)
-            ax.plot(curve["steps"], [max(v, 1e-3) for v in curve["loss"]], color=colour, marker=marker, markevery=every, markersize=5,
-                    markeredgecolor="white", markeredgewidth=0.5, linewidth=1.8 if name == "entangled" else 1.1)  # fmt: skip
-        ax.set_xscale("function", functions=STEPS)
-        ax.set_xticks(_ticks(report["attack_steps"]))
-        ax.set_xlim(0, report["attack_steps"] * 1.05)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(lambda value, _: "")
-        ax.set_title(attacker.upper() if attacker == "sgd" else attacker.title())
-        ax.set_ylabel("forget loss, nats")
-    axes[-1].set_xlabel("relearning steps")
-    names = [n for n in report["methods"] if any(n in c for c in curves.values())]
-    handles = [Line2D([], [], color=look[n][0], marker=look[n][1], markersize=6, linewidth=1.3, label=_title(n)) for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), handletextpad=0.5, columnspacing=1.4)
-    figure.suptitle("Relearning: the forget loss under attack", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure, ax = _panel(f"Relearning by {attacker.upper() if attacker == 'sgd' else attacker.title()}: the forget loss")
+    for name, curve in curves.items():
+        colour, marker = look[name]
+        at = [i for i, step in enumerate(curve["steps"]) if step in _ticks(report["attack_steps"])]
+        ax.plot(curve["steps"], [max(v, FLOOR) for v in curve["loss"]], color=colour, marker=marker, markevery=at, markersize=5.5,
+                markeredgecolor="white", markeredgewidth=0.5, linewidth=1.8 if name == "entangled" else 1.1,
+                label=_title(name))  # fmt: skip
+    ax.set_xscale("function", functions=STEPS)
+    ax.set_xticks(_ticks(report["attack_steps"]))
+    ax.set_xlim(0, report["attack_steps"] * 1.05)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(lambda value, _: "")
+    ax.set_xlabel("relearning steps")
+    ax.set_ylabel("loss on the forget samples, nats")
+    figure.legend(loc="outside lower center", ncols=min(len(curves), 4), handletextpad=0.5, columnspacing=1.4)
     return figure

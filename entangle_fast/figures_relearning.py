@@ -24,6 +24,8 @@ def relearning_figure(results: Mapping[str, Any]):
     results: method name → `metrics.Relearning` or its summary (null, inf: not recovered), all of one recipe.
     Returns a matplotlib Figure. Raises ValueError without results, or for results of different attackers or steps.
     """
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
     found = {name: r if isinstance(r, Mapping) else r.summary() for name, r in results.items()}
     if not found:
         raise ValueError("results: got none; needs at least one method's Relearning")
@@ -39,7 +41,11 @@ def relearning_figure(results: Mapping[str, Any]):
         left.plot(curve["steps"], curve["median"], color=colour, linewidth=2 if name == "entangled" else 1.4)
     left.axhline(goal, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     left.text(last, goal, f"original + {one['tolerance']:g}", ha="right", va="bottom", fontsize=8)
-    left.set(xlim=(0, last), ylim=(0, None), xlabel=f"relearning steps, {one['attacker']}, lr {one['lr']:g}", ylabel="forget loss, nats")
+    left.set_yscale("log")  # on a linear axis every curve reaches the goal at once
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.yaxis.set_minor_locator(NullLocator())
+    left.set(xlim=(0, last), xlabel=f"relearning steps, {one['attacker']}, lr {one['lr']:g}", ylabel="forget loss, nats (log scale)")
+    left.set_ylim(goal / 8, 1.3 * max(goal, *(max(s["curve"]["high"]) for s in found.values())))
 
     never = 1.08 * last  # the column of seeds that did not recover
     for row, (name, s) in enumerate(found.items()):
@@ -54,12 +60,13 @@ def relearning_figure(results: Mapping[str, Any]):
         if estimate is not None and math.isfinite(estimate) and estimate <= last:
             right.plot(estimate, row, "|", color=INK, markersize=14, markeredgewidth=1.3)
     right.axvline(last, color=FAINT, linewidth=0.8)
+    right.set_xlim(0, 1.13 * last)
     ticks = [t for t in right.get_xticks() if 0 <= t < 0.97 * last]
     right.set_xticks([*ticks, never], [*(f"{t:g}" for t in ticks), f"> {last}"])
     right.set_yticks(range(len(methods)), [_title(n) for n in methods])
     for label, name in zip(right.get_yticklabels(), methods):
         label.set_color(_colour(name, methods))
-    right.set(xlim=(0, 1.13 * last), ylim=(len(methods) - 0.5, -0.5), xlabel="steps until relearned: dots seeds, right the median")
+    right.set(ylim=(len(methods) - 0.5, -0.5), xlabel="steps until relearned: dots seeds, right the median")
     right.grid(axis="y", visible=False)
     if any(s["estimate"] is not None and math.isfinite(s["estimate"]) and s["estimate"] <= last for s in found.values()):
         right.set_title("black bar: closed-form estimate", loc="right", fontsize=8.5, color=FAINT)

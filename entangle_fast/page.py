@@ -16,10 +16,10 @@ from .storage import atomic_write
 TEMPLATE = "compare.html.j2"
 PAGE = "index.html"
 CAPTIONS = {
-    "pareto": "Down and right is forgetting at the neighbours' cost. Bars: one standard deviation over seeds.",
-    "delay": "Right: the forgotten class takes longer to come back. In the grey band: not within the attack's steps.",
-    "relearning": "The mean over seeds of the median attack's loss. A method whose line falls at once had hidden the class, "
-                  "not removed it.",
+    "pareto": "Best is the upper left: forgotten, and the neighbours kept. Bars: one standard deviation over seeds.",
+    "delay": "Best is the upper right. In the grey band: not back within the attack's steps.",
+    **dict.fromkeys(("relearning_sgd", "relearning_adam"), "The mean over seeds of the median run's loss. Where a line falls at once, "
+                                                           "the class was hidden, not removed."),
 }  # fmt: skip
 
 

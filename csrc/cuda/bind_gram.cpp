@@ -32,7 +32,8 @@ Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::opt
   const Pair& other = right ? *right : left;
   const Factors *x = &left.factors, *y = right ? &right->factors : nullptr;
   const int64_t n = x->n, m = other.factors.n, d_in = left.a.size(2), d_out = left.b.size(2);
-  call.require(other.a.size(2) == d_in && other.b.size(2) == d_out && type_of(other.a) == type_of(left.a), "the two sides differ in widths or dtype");
+  call.require(other.a.size(2) == d_in && other.b.size(2) == d_out && type_of(other.a) == type_of(left.a),
+      "the two sides differ in widths or dtype");
   Tensor out = empty(left.a, {n, m}, ScalarType::Float);
   if (n == 0 || m == 0) return out;
   if (x->t == 0 || other.factors.t == 0 || d_in == 0 || d_out == 0) return torch::stable::fill_(out, 0.0);
@@ -57,7 +58,8 @@ Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed,
   if (x.factors.t == 0 || d_in == 0 || d_out == 0) return torch::stable::fill_(out, 0.0);
   const int64_t count = ef_cuda_project_random_partials(type, &x.factors, d_in, d_out, k);
   Tensor partial = empty(x.a, {count, n, k}, ScalarType::Float);
-  call(ef_cuda_project_random(type, &x.factors, d_in, d_out, k, (uint64_t)seed, (uint64_t)offset, kind == "gaussian", data<float>(partial), count,
+  call(ef_cuda_project_random(type, &x.factors, d_in, d_out, k, (uint64_t)seed, (uint64_t)offset, kind == "gaussian",
+      data<float>(partial), count,
                               data<float>(out), call.stream));
   return out;
 }

@@ -59,7 +59,8 @@ template <class T> struct GradientTile {
 
   // rows t0.. of p (positions × width), columns c0.. → stage (K × pitch); zero outside
   template <bool ALIGNED, int COLUMNS, int PITCH>
-  static EF_DEVICE void copy(T* stage, Span<const T> p, int64_t at, int64_t position, int64_t t0, int64_t t, int64_t c0, int64_t width, int lane) {
+  static EF_DEVICE void copy(T* stage, Span<const T> p, int64_t at, int64_t position, int64_t t0, int64_t t, int64_t c0, int64_t width,
+      int lane) {
     if constexpr (ALIGNED) {
       constexpr int EACH = COLUMNS / E;
 #pragma unroll
@@ -82,7 +83,8 @@ template <class T> struct GradientTile {
   }
 
   template <bool ALIGNED>
-  static EF_DEVICE void fetch(T* stage, const Side<T>& s, int64_t sample, int64_t t0, int64_t o, int64_t d_out, int64_t i, int64_t d_in, int lane) {
+  static EF_DEVICE void fetch(T* stage, const Side<T>& s, int64_t sample, int64_t t0, int64_t o, int64_t d_out, int64_t i, int64_t d_in,
+      int lane) {
     copy<ALIGNED, O, PO>(stage, s.b, sample * s.b_sample, s.b_position, t0, s.t, o, d_out, lane);
     copy<ALIGNED, I, PI>(stage + K * PO, s.a, sample * s.a_sample, s.a_position, t0, s.t, i, d_in, lane);
     ptx::cp_async_commit();
@@ -173,7 +175,8 @@ EF_DEVICE void form_rows(const Side<T>& s, int64_t first, int count, int64_t o, 
 }
 
 // out (n, m) = Σ_s partial[s], in order; symmetric: from on and above the diagonal
-static __global__ void __launch_bounds__(256) add_partials(Span<const float> partial, Span<float> out, int64_t n, int64_t m, int64_t count, bool symmetric) {
+static __global__ void __launch_bounds__(256) add_partials(Span<const float> partial, Span<float> out, int64_t n, int64_t m,
+    int64_t count, bool symmetric) {
   const int64_t e = (int64_t)blockIdx.x * 256 + threadIdx.x;
   if (e >= n * m) return;
   const int64_t i = e / m, j = e % m, at = symmetric ? min(i, j) * m + max(i, j) : e;

@@ -21,11 +21,12 @@ namespace ef::cuda {
 
 constexpr int kBlock = 64, kWarps = 8;  // samples of a block; warps
 
-// d (16, 32) += rows left.. · (rows right..)ᵀ over one weight tile
+// total (16, 32) += rows left.. · (rows right..)ᵀ over one weight tile; a tile's sum apart, so that no float32 sum is long
 template <class T> struct Second {
   using G = GradientTile<T>;
   using Kept = typename G::Kept;
-  static EF_DEVICE void add(float (&d)[4][4], const unsigned char* left, const unsigned char* right, int lane) {
+  static EF_DEVICE void add(float (&total)[4][4], const unsigned char* left, const unsigned char* right, int lane) {
+    float d[4][4] = {};
     if constexpr (sizeof(Kept) == 2) {
 #pragma unroll 2
       for (int k = 0; k < G::WIDTH * 2; k += 32) {  // bytes
@@ -50,12 +51,17 @@ template <class T> struct Second {
         }
       }
     }
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) total[c][e] += d[c][e];
   }
 };
 
 // Blocks: (pairs, splits), 256 threads. Shared: 128 rows of 1040 bytes, and two stages a warp: 165,888 bytes at most.
 template <class T, bool ALIGNED>
-__global__ void __launch_bounds__(kWarps * 32, 1) gram_mma(Side<T> x, Side<T> y, bool symmetric, int64_t d_in, int64_t d_out, Span<float> partial) {
+__global__ void __launch_bounds__(kWarps * 32, 1) gram_mma(Side<T> x, Side<T> y, bool symmetric, int64_t d_in, int64_t d_out,
+    Span<float> partial) {
   using G = GradientTile<T>;
   EF_DYNAMIC_SHARED(unsigned char, rows);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -104,7 +110,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gram_mma(Side<T> x, Side<T> y,
   if (with_j) store(jj, at_j, at_j);
 }
 
-template <class T> int launch_mma(const Factors& left, const Factors* right, int64_t d_in, int64_t d_out, float* partial, int64_t count, void* stream) {
+template <class T> int launch_mma(const Factors& left, const Factors* right, int64_t d_in, int64_t d_out, float* partial, int64_t count,
+    void* stream) {
   const auto x = Side<T>::of(left), y = right ? Side<T>::of(*right) : x;
   const int64_t items = pairs(cdiv<int64_t>(x.n, kBlock), cdiv<int64_t>(y.n, kBlock), !right);
   const int shared = 2 * kBlock * kPitch + kWarps * GradientTile<T>::WARP_BYTES;
@@ -124,7 +131,8 @@ EF_LAUNCHER ef_cuda_gram_refuses(int form, int type, const Factors* left, const 
   return form == kWgmma ? sm90::refuses(type, *left, right, d_in, d_out) : 0;
 }
 
-extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_gram_partials(int form, int type, const Factors* left, const Factors* right, int64_t d_in,
+extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_gram_partials(int form, int type, const Factors* left,
+    const Factors* right, int64_t d_in,
                                                                                 int64_t d_out) {
   int count = 0;
   if (processors(&count)) return 0;
@@ -136,7 +144,8 @@ extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_gram_partials(
   return form == kWgmma ? 2 * splits : splits;
 }
 
-EF_LAUNCHER ef_cuda_gram(int form, int type, const Factors* left, const Factors* right, int64_t d_in, int64_t d_out, float* partial, int64_t partials,
+EF_LAUNCHER ef_cuda_gram(int form, int type, const Factors* left, const Factors* right, int64_t d_in, int64_t d_out, float* partial,
+    int64_t partials,
                          float* out, void* stream) {
   const int64_t n = left->n, m = right ? right->n : n;
   if (ef_cuda_gram_refuses(form, type, left, right, d_in, d_out) || partials < 1 || partials > 65535) return kBadArgument;
@@ -149,5 +158,6 @@ EF_LAUNCHER ef_cuda_gram(int form, int type, const Factors* left, const Factors*
   } else {
     EF_TRY(launch_mma<float>(*left, right, d_in, d_out, partial, partials, stream));
   }
-  return launch(add_partials, dim3((unsigned)cdiv<int64_t>(n * m, 256)), dim3(256), 0, stream, static_cast<const float*>(partial), out, n, m, partials, !right);
+  return launch(add_partials, dim3((unsigned)cdiv<int64_t>(n * m, 256)), dim3(256), 0, stream, static_cast<const float*>(partial), out,
+      n, m, partials, !right);
 }

@@ -42,7 +42,8 @@ struct Samples {  // rows 0..31: samples from i0 of the left side, rows 32..63: 
   EF_DEVICE int row(int v) const { return v < left ? v : kBlock + v - left; }
 };
 
-EF_DEVICE void produce(const Maps& maps, const Samples& s, int64_t t, int64_t t2, int64_t d_out, int64_t tiles, unsigned char* ring, uint64_t* full,
+EF_DEVICE void produce(const Maps& maps, const Samples& s, int64_t t, int64_t t2, int64_t d_out, int64_t tiles, unsigned char* ring,
+    uint64_t* full,
                        uint64_t* empty) {
   const int64_t high = cdiv<int64_t>(d_out, kO);
   int64_t q = 0;
@@ -75,7 +76,8 @@ EF_DEVICE void keep(unsigned char* x, const float (&d)[8], int row, int thread) 
     }
 }
 
-EF_DEVICE void consume(const Samples& s, int group, int64_t t, int64_t t2, int64_t tiles, unsigned char* x, unsigned char* ring, uint64_t* full, uint64_t* empty,
+EF_DEVICE void consume(const Samples& s, int group, int64_t t, int64_t t2, int64_t tiles, unsigned char* x, unsigned char* ring,
+    uint64_t* full, uint64_t* empty,
                        float (&gram)[32]) {
   const int thread = threadIdx.x % 128;
   const int64_t steps = cdiv<int64_t>(t, kT), steps2 = cdiv<int64_t>(t2, kT);
@@ -104,22 +106,26 @@ EF_DEVICE void consume(const Samples& s, int group, int64_t t, int64_t t2, int64
     }
     ptx::fence_proxy_async();              // plain stores to X, before wgmma reads it
     ptx::named_barrier(1, kConsumers);     // X is complete
+    float sum[32] = {};  // of this tile apart, so that no float32 sum is long
     ptx::wgmma_fence();
     for (int panel = group; panel < kX / (2 * kBlock * 128); panel += 2)
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk) {
         const uint64_t rows = ptx::descriptor(ptx::shared_address(x + panel * 2 * kBlock * 128) + kk * 32, 1024, 128);
-        ptx::wgmma_m64n64_k(gram, rows, rows);
+        ptx::wgmma_m64n64_k(sum, rows, rows);
       }
     ptx::wgmma_commit();
     ptx::wgmma_wait_all();
+#pragma unroll
+    for (int e = 0; e < 32; ++e) gram[e] += sum[e];
     ptx::named_barrier(1, kConsumers);     // X has been read
   }
 }
 #endif
 
 // Blocks: (pairs, splits). partial (2 · splits, n, m): one of each warpgroup
-__global__ void __launch_bounds__(kThreads, 1) gram_wgmma(const __grid_constant__ Maps maps, int64_t n, int64_t m, int64_t t, int64_t t2, bool symmetric,
+__global__ void __launch_bounds__(kThreads, 1) gram_wgmma(const __grid_constant__ Maps maps, int64_t n, int64_t m, int64_t t, int64_t t2,
+    bool symmetric,
                                                        int64_t d_in, int64_t d_out, Span<float> partial) {
 #ifdef EF_SM90A
   EF_DYNAMIC_SHARED(unsigned char, shared);
@@ -176,7 +182,8 @@ inline int encode(TensorMap* map, const void* p, int64_t d, int64_t t, int64_t n
   }();
   if (!function) return kBadArgument;
   const uint32_t one[3] = {1, 1, 1};
-  return (int)function(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(p), (const cuuint64_t*)size, (const cuuint64_t*)stride, box, one,
+  return (int)function(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(p), (const cuuint64_t*)size,
+      (const cuuint64_t*)stride, box, one,
                        CU_TENSOR_MAP_INTERLEAVE_NONE, columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 #endif
@@ -198,16 +205,19 @@ inline int refuses(int type, const Factors& left, const Factors* right, int64_t 
   return !(type == kBf16 && fine(left) && (!right || fine(*right)) && d_in < 1 << 30 && d_out < 1 << 30);
 }
 
-inline int launch_wgmma(const Factors& left, const Factors* right, int64_t d_in, int64_t d_out, float* partial, int64_t splits, void* stream) {
+inline int launch_wgmma(const Factors& left, const Factors* right, int64_t d_in, int64_t d_out, float* partial, int64_t splits,
+    void* stream) {
   const Factors& other = right ? *right : left;
   Maps maps;
   EF_TRY(encode(&maps.a, left.a, d_in, left.t, left.n, left.a_position, left.a_sample, kI));
   EF_TRY(encode(&maps.b, left.b, d_out, left.t, left.n, left.b_position, left.b_sample, kO));
   EF_TRY(encode(&maps.a2, other.a, d_in, other.t, other.n, other.a_position, other.a_sample, kI));
   EF_TRY(encode(&maps.b2, other.b, d_out, other.t, other.n, other.b_position, other.b_sample, kO));
-  const int64_t blocks = cdiv<int64_t>(left.n, kBlock), items = pairs(right ? blocks : max(blocks, (int64_t)2), cdiv<int64_t>(other.n, kBlock), !right);
+  const int64_t blocks = cdiv<int64_t>(left.n, kBlock), items = pairs(right ? blocks : max(blocks, (int64_t)2), cdiv<int64_t>(other.n,
+      kBlock), !right);
   EF_TRY(allow_shared(gram_wgmma, kShared));
-  return launch(gram_wgmma, dim3((unsigned)items, (unsigned)splits), dim3(kThreads), kShared, stream, maps, left.n, other.n, left.t, other.t, !right, d_in,
+  return launch(gram_wgmma, dim3((unsigned)items, (unsigned)splits), dim3(kThreads), kShared, stream, maps, left.n, other.n, left.t,
+      other.t, !right, d_in,
                 d_out, partial);
 }
 

@@ -73,7 +73,8 @@ template <class T> EF_DEVICE void multiply(float (&d)[4][4], const unsigned char
 // Blocks: (sample blocks × groups of 256 directions, splits), 256 threads
 // WHOLE: rows of the factors begin on 16 bytes, runs of four elements on a Philox block
 template <class T, bool WHOLE>
-__global__ void __launch_bounds__(kWarps * 32, 1) project_random(Side<T> x, int64_t d_in, int64_t d_out, int64_t k, Stream stream, bool gaussian,
+__global__ void __launch_bounds__(kWarps * 32, 1) project_random(Side<T> x, int64_t d_in, int64_t d_out, int64_t k, Stream stream,
+    bool gaussian,
                                                                   Span<float> partial) {
   using G = GradientTile<T>;
   EF_DYNAMIC_SHARED(unsigned char, rows);
@@ -92,14 +93,20 @@ __global__ void __launch_bounds__(kWarps * 32, 1) project_random(Side<T> x, int6
     form_rows<T, WHOLE>(x, first, count, o0, d_out, i0, d_in, rows, stages, warp, kWarps, lane);
     __syncthreads();  // the tiles of all samples are there
     const int tall = (int)min(d_out - o0, (int64_t)G::O);
-    for (int o = 0; o < tall; ++o)
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
-        if (j0 + p * 8 >= k) continue;  // the same for the whole warp
-        float v[4];
-        draw<WHOLE>((j0 + p * 8 + lane / 4) * size + (o0 + o) * d_in + i0 + lane % 4 * 4, stream, gaussian, v);
-        multiply<T>(acc[p], rows, o * G::I, v, lane);  // columns beyond d_in are zero in the rows
+    for (int p = 0; p < kPieces; ++p) {
+      if (j0 + p * 8 >= k) continue;  // the same for the whole warp
+      float d[4][4] = {}, v[4];       // a tile's sum apart, so that no float32 sum is long
+      const int64_t element = (j0 + p * 8 + lane / 4) * size + i0 + lane % 4 * 4;
+      for (int o = 0; o < tall; ++o) {
+        draw<WHOLE>(element + (o0 + o) * d_in, stream, gaussian, v);
+        multiply<T>(d, rows, o * G::I, v, lane);  // columns beyond d_in are zero in the rows
       }
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[p][m][e] += d[m][e];
+    }
     __syncthreads();  // and have been read
   }
 
@@ -115,7 +122,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) project_random(Side<T> x, int6
       }
 }
 
-template <class T> int launch_project(const Factors& f, int64_t d_in, int64_t d_out, int64_t k, Stream s, bool gaussian, float* partial, int64_t splits, void* stream) {
+template <class T> int launch_project(const Factors& f, int64_t d_in, int64_t d_out, int64_t k, Stream s, bool gaussian, float* partial,
+    int64_t splits, void* stream) {
   const auto x = Side<T>::of(f);
   const int shared = kRows * kPitch + kWarps * GradientTile<T>::WARP_BYTES;
   const dim3 grid((unsigned)(cdiv<int64_t>(x.n, kRows) * cdiv<int64_t>(k, kDirections)), (unsigned)splits);
@@ -130,7 +138,8 @@ template <class T> int launch_project(const Factors& f, int64_t d_in, int64_t d_
 
 using namespace ef::cuda;
 
-extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_project_random_partials(int type, const Factors* x, int64_t d_in, int64_t d_out, int64_t k) {
+extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_project_random_partials(int type, const Factors* x, int64_t d_in,
+    int64_t d_out, int64_t k) {
   int count = 0;
   if (processors(&count)) return 0;
   const int64_t tiles = cdiv<int64_t>(d_out, type == kBf16 ? TileOf<Bf16>::O : TileOf<float>::O) * cdiv<int64_t>(d_in, 16);
@@ -138,7 +147,8 @@ extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_project_random
   return max((int64_t)1, min(tiles, count / blocks));
 }
 
-EF_LAUNCHER ef_cuda_project_random(int type, const Factors* x, int64_t d_in, int64_t d_out, int64_t k, uint64_t seed, uint64_t offset, int gaussian,
+EF_LAUNCHER ef_cuda_project_random(int type, const Factors* x, int64_t d_in, int64_t d_out, int64_t k, uint64_t seed, uint64_t offset,
+    int gaussian,
                                    float* partial, int64_t partials, float* out, void* stream) {
   if (partials < 1 || partials > 65535) return kBadArgument;
   const Stream s{seed, offset};
@@ -151,6 +161,7 @@ EF_LAUNCHER ef_cuda_project_random(int type, const Factors* x, int64_t d_in, int
   } else {
     return kBadArgument;
   }
-  return launch(add_partials, dim3((unsigned)cdiv<int64_t>(x->n * k, 256)), dim3(256), 0, stream, static_cast<const float*>(partial), out, x->n, k, partials,
+  return launch(add_partials, dim3((unsigned)cdiv<int64_t>(x->n * k, 256)), dim3(256), 0, stream, static_cast<const float*>(partial),
+      out, x->n, k, partials,
                 false);
 }

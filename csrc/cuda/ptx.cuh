@@ -104,7 +104,8 @@ EF_DEVICE void mbarrier_init(uint64_t* bar, int arrivals) {
 }
 // initialised mbarriers become visible to the asynchronous proxy
 EF_DEVICE void fence_mbarrier_init(EF_ONLY_SITE) {
-  EF_PTX(asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory"), cuda_host::fence_mbarrier_init(w));
+  EF_PTX(asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory"),
+      cuda_host::fence_mbarrier_init(w));
 }
 EF_DEVICE void mbarrier_arrive(uint64_t* bar EF_SITE) {
   EF_PTX(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory"),

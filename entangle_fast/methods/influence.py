@@ -63,9 +63,9 @@ class Influence:
     forget_batch: int = 64
     lr: float = 0.05
     schedule: Literal["constant", "linear"] = "linear"
-    omega: float = 0.05
+    omega: float = 0.06
     gamma: float = 0.1
-    clip: float = 5.0
+    clip: float = 10.0
     sigma: float = 0.01
     noise: Literal["relative", "absolute"] = "relative"
     on: Literal["weights", "all"] = "all"

@@ -33,14 +33,17 @@ class OrthoGrad(SgdOptions):
         clip: forget samples whose loss (nats) has reached it are left alone, as in stage 1 of Entangled.
         ridge: added to the k×k Gram, in its own units; 0: directions below rounding count as none.
 
-    A momentum > 0 carries directions on that were orthogonal to the retain gradients of earlier steps only.
+    A span of many samples takes most of the forget gradient away (a trained model's is short as it is): hence the large lr,
+    which ``max_norm`` bounds. A momentum > 0 carries directions on that were orthogonal to the retain gradients of earlier steps only.
     """
 
     name = "orthograd"
+    lr: float = 1.0
     momentum: float = 0.0
-    alpha: float = 0.5
-    retain_batch: int = 256
-    clip: float = 3.0
+    max_norm: float = 0.3
+    alpha: float = 0.75
+    retain_batch: int = 64
+    clip: float = 10.0
     ridge: float = 0.0
 
     def __post_init__(self):

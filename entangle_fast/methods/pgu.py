@@ -30,7 +30,8 @@ PATCHES = 1 << 23  # most numbers of unfolded patches held at once
 
 @dataclass
 class Pgu(SgdOptions):
-    """Configuration; no retain sample is used after the bases are made.
+    """Configuration; no retain sample is used after the bases are made, so that adjacent samples whose inputs lie outside
+    them are not protected, and the run stops by itself once the forget set is forgotten.
 
     Args:
         share: of the sum of a layer's singular values that its protected inputs hold, in (0, 1).
@@ -38,8 +39,9 @@ class Pgu(SgdOptions):
     """
 
     name = "pgu"
-    lr: float = 1e-2
+    lr: float = 0.2
     momentum: float = 0.0
+    stop_at: float | None = 0.05
     share: float = 0.9
     offset: float = 0.05
 

@@ -33,9 +33,10 @@ class Rosu(SgdOptions):
     """
 
     name = "rosu"
+    lr: float = 0.1
     momentum: float = 0.0
     rho: float = 0.1
-    amplify: float = 1.0
+    amplify: float = 1.5
     retain_batch: int = 256
     clip: float = 3.0
 

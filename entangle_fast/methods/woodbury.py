@@ -32,9 +32,10 @@ class Woodbury(SgdOptions):
     """
 
     name = "woodbury"
+    lr: float = 1.2e-2
     momentum: float = 0.0
-    alpha: float = 0.5
-    damping: float = 1e-2
+    alpha: float = 0.8
+    damping: float = 1e-3
     retain_batch: int = 256
     clip: float = 3.0
 

@@ -18,7 +18,7 @@ from ..methods.training import device_of
 from ..tasks.adjacency import embed
 
 ROWS = 256  # samples in one evaluating call
-# tens of steps on the demo's models, where ten times more undoes any method in one or two
+# tens of steps on most of the demo's models, where SGD at 1e-2 undoes any method in one or two
 LEARNING_RATES = {"sgd": 2e-4, "adam": 1e-4, "retain": 1e-3, "prototype": 0.02}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

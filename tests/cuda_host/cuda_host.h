@@ -1,6 +1,6 @@
 // Lets g++ run the very sources that nvcc compiles: a CUDA block's threads as fibers of one operating-system thread.
 //
-// Covered: thread and block indices, static and dynamic shared memory, block, warp and named barriers, shuffles, votes,
+// Covered (intrinsics.h): thread and block indices, static and dynamic shared memory, block, warp and named barriers, shuffles, votes,
 // atomics, the runtime calls of the launchers; async_copy.h: cp.async, mbarrier, TMA; tensor_cores.h: mma, ldmatrix, wgmma.
 // Fibers run in a random order (seeded), each until it blocks, so that warps drift as far apart as the barriers let them;
 // blocks run one after another in a random order. Copies and matrix products that the hardware does later are done either
@@ -348,78 +348,6 @@ inline void ticket(const char* what) {
 
 }  // namespace cuda_host
 
-#define threadIdx (cuda_host::me().thread)
-#define blockIdx (cuda_host::block->index)
-#define blockDim (cuda_host::block->size)
-#define gridDim (cuda_host::block->grid)
-
-inline void __syncthreads(cuda_host::Where w = cuda_host::Where::current()) {
-  if (!cuda_host::skipped(w)) cuda_host::block_barrier(w);
-}
-inline int __syncthreads_count(int p, cuda_host::Where w = cuda_host::Where::current()) { return cuda_host::block_sum(p != 0, w); }
-inline int __syncthreads_or(int p, cuda_host::Where w = cuda_host::Where::current()) { return cuda_host::block_sum(p != 0, w) > 0; }
-inline int __syncthreads_and(int p, cuda_host::Where w = cuda_host::Where::current()) { return cuda_host::block_sum(p == 0, w) == 0; }
-inline void __syncwarp(uint32_t mask = ~0u, cuda_host::Where w = cuda_host::Where::current()) {
-  if (!cuda_host::skipped(w)) cuda_host::arrive(cuda_host::warp_gate(mask, w), cuda_host::warp_expected(mask), w);
-}
-inline void __threadfence(cuda_host::Where w = cuda_host::Where::current()) {
-  if (cuda_host::skipped(w)) return;
-  cuda_host::me().fenced = true, cuda_host::me().ticket = false;
-}
-inline void __threadfence_block() {}
-
-template <class T>
-T __shfl_sync(uint32_t mask, T v, int source, int width = 32, cuda_host::Where w = cuda_host::Where::current()) {
-  int l = cuda_host::lane();
-  return cuda_host::shuffle(mask, v, (l & ~(width - 1)) | (source & (width - 1)), w);
-}
-template <class T>
-T __shfl_xor_sync(uint32_t mask, T v, int with, int width = 32, cuda_host::Where w = cuda_host::Where::current()) {
-  int l = cuda_host::lane(), s = l ^ with;
-  return cuda_host::shuffle(mask, v, s < (l | (width - 1)) + 1 ? s : l, w);
-}
-template <class T>
-T __shfl_down_sync(uint32_t mask, T v, unsigned by, int width = 32, cuda_host::Where w = cuda_host::Where::current()) {
-  unsigned l = cuda_host::lane();
-  return cuda_host::shuffle(mask, v, (l & (width - 1)) + by < unsigned(width) ? l + by : l, w);
-}
-template <class T>
-T __shfl_up_sync(uint32_t mask, T v, unsigned by, int width = 32, cuda_host::Where w = cuda_host::Where::current()) {
-  unsigned l = cuda_host::lane();
-  return cuda_host::shuffle(mask, v, (l & (width - 1)) >= by ? l - by : l, w);
-}
-inline uint32_t __ballot_sync(uint32_t mask, int p, cuda_host::Where w = cuda_host::Where::current()) {
-  return cuda_host::ballot(mask, p != 0, w);
-}
-inline int __any_sync(uint32_t mask, int p, cuda_host::Where w = cuda_host::Where::current()) {
-  return cuda_host::ballot(mask, p != 0, w) != 0;
-}
-inline int __all_sync(uint32_t mask, int p, cuda_host::Where w = cuda_host::Where::current()) {
-  return cuda_host::ballot(mask, p == 0, w) == 0;
-}
-
-// Fibers never preempt each other: a plain read-modify-write is atomic.
-template <class T>
-T cuda_host_exchange(T* p, T v) { T old = *p; *p = v; return old; }
-template <class T, class V>
-T atomicAdd(T* p, V v) {
-  if constexpr (std::is_same_v<T, unsigned>) cuda_host::ticket("atomicAdd");
-  return cuda_host_exchange(p, T(*p + T(v)));
-}
-inline unsigned atomicInc(unsigned* p, unsigned top) {
-  cuda_host::ticket("atomicInc");
-  return cuda_host_exchange(p, *p >= top ? 0 : *p + 1);
-}
-template <class T, class V>
-T atomicMax(T* p, V v) { return cuda_host_exchange(p, std::max(*p, T(v))); }
-template <class T, class V>
-T atomicMin(T* p, V v) { return cuda_host_exchange(p, std::min(*p, T(v))); }
-template <class T, class V>
-T atomicOr(T* p, V v) { return cuda_host_exchange(p, T(*p | T(v))); }
-template <class T, class V>
-T atomicExch(T* p, V v) { return cuda_host_exchange(p, T(v)); }
-template <class T, class V>
-T atomicCAS(T* p, V expected, V v) { return cuda_host_exchange(p, *p == T(expected) ? T(v) : *p); }
-
+#include "intrinsics.h"
 #include "async_copy.h"
 #include "tensor_cores.h"

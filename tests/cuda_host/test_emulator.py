@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from build import Factors, load, run
 
 HERE = Path(__file__).parent

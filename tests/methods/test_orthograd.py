@@ -28,7 +28,7 @@ def test_the_step_is_that_of_qr(options):
 
 
 def test_a_ridge_is_tikhonovs():
-    c = OrthoGrad(**SIZES, max_norm=0.0, ridge=0.1)
+    c = OrthoGrad(**SIZES, max_norm=0.0, alpha=0.5, ridge=0.1)
 
     def direction(model, d, k):
         g_r = each_gradient(model, *retain_batch(d, k, 12))

@@ -58,7 +58,7 @@ def test_protected_inputs_get_the_same_response():
     for _ in range(5):
         process.step()
     moved = process.model[0].weight - first
-    assert moved.norm() > 1e-3 and (moved @ process.bases[0][0]).norm() < 1e-12 * moved.norm() * 10
+    assert moved.norm() > 1e-3 and (moved @ process.bases[0][0]).norm() < 1e-11 * moved.norm()
 
 
 # ---- convolutions ----

@@ -1,0 +1,136 @@
+"""The CUDA C++ kernels against the Triton ones, size by size, on the GPU at hand; bench/dispatch_table.py reads what it writes.
+
+    python bench/gpu_backends.py --commit <hash>        → bench/results/<device>/backends-<hash>.json
+
+Each case runs with ENTANGLE_FAST_BACKEND=cuda and =triton, a cold L2 cache, medians. A case is wrong where cuda's result is
+farther from the reference's than 1e-6 and than twice Triton's distance.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from gpu_matrix import DEVICE, Timer
+
+import entangle_fast as ef
+from entangle_fast import dispatch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SIZES = (10**4, 10**6, 10**8)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def lists(total: int, dtype: torch.dtype, count: int) -> list[list[torch.Tensor]]:
+    each = min(total, 1 << 24)
+    return [[torch.randn(each, device=DEVICE).to(dtype) for _ in range(max(1, total // each))] for _ in range(count)]
+
+
+def step_gram(size, dtype):
+    directions = lists(size, dtype, 2)
+    return lambda: ef.ops.step_gram(directions)
+
+
+def step_update(size, dtype):
+    params, momentum, grads, direction = lists(size, dtype, 4)
+    coef = torch.full((1,), 1e-3, device=DEVICE)
+
+    def run():  # with beta 0 what the momentum holds does not depend on earlier runs
+        ef.ops.step_update(params, momentum, grads, [direction], coef, lr=1e-6, beta=0.0)
+        return momentum[0][: 1 << 16]
+
+    return run
+
+
+def w2_sorted(size, dtype):
+    x, y = (torch.randn(size, device=DEVICE).to(dtype) for _ in range(2))
+    return lambda: ef.ops.w2_sorted(x, y)[1]
+
+
+def logits(size, dtype):
+    classes = 50257 if size >= 10**6 else 1000
+    x = torch.randn(max(1, size // classes), classes, device=DEVICE).to(dtype)
+    return x, torch.randint(0, classes, x.shape[:1], device=DEVICE)
+
+
+def sample_loss(size, dtype):
+    x, target = logits(size, dtype)
+    return lambda: ef.ops.sample_loss(x, target)
+
+
+def sample_loss_backward(size, dtype):
+    x, target = logits(size, dtype)
+    rest = (math.inf, 0.0, -100, 0.0, "mean")
+    _, ce, lse = ef.reference.sample_loss(x, target, *rest)
+    weights = torch.randn_like(ce)
+    return lambda: dispatch.call("sample_loss_backward", weights, x, target, ce, lse, *rest)
+
+
+def gram(size, dtype):
+    t, d = 256, 512
+    a, b = (torch.randn(max(1, size // (2 * t * d)), t, d, device=DEVICE).to(dtype) for _ in range(2))
+    return lambda: ef.ops.gram(a, b, route="tiles")
+
+
+def project_random(size, dtype):
+    t, d = 64, 256
+    a, b = (torch.randn(max(1, size // (2 * t * d)), t, d, device=DEVICE).to(dtype) for _ in range(2))
+    return lambda: ef.ops.project_random(a, b, 64, seed=1)
+
+
+CASES = {f.__name__: f for f in (step_gram, step_update, w2_sorted, sample_loss, sample_loss_backward, gram, project_random)}
+
+
+def measure(op: str, size: int, dtype: torch.dtype, timer: Timer) -> dict:
+    run, elements, choose = CASES[op](size, dtype), [], dispatch._choose
+
+    def counting(name, args):  # the size that dispatch.py itself will look up
+        if name == op:
+            elements.append(sum(x.numel() for x in dispatch._tensors(args)))
+        return choose(name, args)
+
+    found, ms = {}, {}
+    for backend in ("reference", "triton", "cuda"):
+        os.environ[dispatch.ENV] = backend
+        dispatch._choose = counting
+        try:
+            found[backend] = run().double()
+        finally:
+            dispatch._choose = choose
+        if backend != "reference":
+            ms[backend] = timer(run)["ms"]
+    os.environ.pop(dispatch.ENV)
+    scale = found["reference"].norm().clamp(min=1e-300)
+    apart = {b: ((found[b] - found["reference"]).norm() / scale).item() for b in ms}
+    return {"op": op, "backend": "cuda", "dtype": str(dtype), "elements": elements[0], "ms": ms["cuda"], "triton_ms": ms["triton"],
+            "error": apart["cuda"], "triton_error": apart["triton"],
+            "correct": apart["cuda"] <= max(1e-6, 2 * apart["triton"])}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    name, timer = torch.cuda.get_device_name(), Timer(30)
+    report = {"device": name, "commit": options.commit, "torch": torch.__version__, "backends": [], "failed": []}
+    folder = RESULTS / name.replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    for op in CASES:
+        for dtype in DTYPES:
+            for size in SIZES:
+                try:
+                    report["backends"].append(measure(op, size, dtype, timer))
+                    print(json.dumps(report["backends"][-1]), flush=True)
+                except Exception as error:  # one case must not cost the others their numbers
+                    report["failed"].append(f"{op} {dtype} {size}: {type(error).__name__}: {error}")
+                    print(report["failed"][-1], flush=True)
+                torch.cuda.empty_cache()
+                (folder / f"backends-{options.commit}.json").write_text(json.dumps(report, indent=1) + "\n")
+    return int(bool(report["failed"]) or not all(r["correct"] for r in report["backends"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
