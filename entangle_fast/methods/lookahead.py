@@ -61,17 +61,17 @@ class Lookahead(SgdOptions):
     """
 
     name = "lookahead"
-    epochs: float = 6.0
-    lr: float = 1e-2
+    epochs: float = 10.0
+    lr: float = 2e-2
     alpha: float = 0.01
-    lam: float = 0.3
+    lam: float = 0.5
     order: Literal[1, 2] = 1
     swap: bool = False
     forget_loss: Literal["clipped", "random_label", "target"] = "clipped"
-    clip: float = 3.0
+    clip: float = 1.35  # just below chance among the demo's four classes, log 4
     target: int | None = None
     trim: float = 0.0
-    retain_batch: int = 256
+    retain_batch: int = 512
     angle_every: int = 1
 
     def __post_init__(self):
