@@ -22,7 +22,7 @@ EF_DEVICE void group_pair(int groups, int at, int* p, int* q) {
   *q = *p + at;
 }
 
-template <class T, int KB> __global__ void __launch_bounds__(kThreads)
+template <class T, int KB> __global__ void __launch_bounds__(kThreads, 2)
 gram(Table table, int k, double* partial_, unsigned* counter, double* out_) {
   constexpr int N = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T);
   const Span<double> partial(partial_), out(out_);
@@ -154,7 +154,7 @@ EF_DEVICE void update_vectors(const Lists<P, M, X>& t, int64_t e, int64_t stride
   }
 }
 
-template <class P, class M, class X, bool NOISE> __global__ void __launch_bounds__(kThreads)
+template <class P, class M, class X, bool NOISE> __global__ void __launch_bounds__(kThreads, 2)
 update(Table table, int k, const Acc<P>* coef_, StepUpdate u) {
   constexpr int N = sizeof(P) == 2 ? 8 : 4, U = sizeof(P) == 4 ? 2 : 1;
   const Span<const Acc<P>> coef(coef_);
