@@ -92,7 +92,7 @@ template <class P, class M, class X> struct Lists {
   Span<const int64_t> directions;
 };
 
-// U vectors of N elements of one thread, `stride` apart; all loads come before the first use
+// U vectors of N elements of one thread, `stride` apart; all loads come before the first use of one
 template <bool WHOLE, int U, int N, bool NOISE, class P, class M, class X>
 EF_DEVICE void update_vectors(const Lists<P, M, X>& t, int64_t e, int64_t stride, int64_t stop, int64_t place,
                               Span<const Acc<P>> coef, int k, const StepUpdate& u) {
@@ -101,6 +101,11 @@ EF_DEVICE void update_vectors(const Lists<P, M, X>& t, int64_t e, int64_t stride
   Pack<N, X> g[U], d0[U], d1[U];
   Pack<N, M> v[U];
   int many[U];
+  float z[U][N];  // drawn first: Philox's registers are free again when the loads need theirs
+  if constexpr (NOISE) {
+#pragma unroll
+    for (int q = 0; q < U; ++q) normals<N>(place + e + q * stride, u.seed, u.offset, z[q]);
+  }
 #pragma unroll
   for (int q = 0; q < U; ++q) {
     const int64_t at = e + q * stride;
@@ -142,12 +147,10 @@ EF_DEVICE void update_vectors(const Lists<P, M, X>& t, int64_t e, int64_t stride
       for (int i = 0; i < N; ++i) v[q][i] = narrow<M>((Acc<M>)w[q][i]);
       write<WHOLE, N, M>(t.v, at, many[q], v[q]);
     }
-    float z[N];
-    if constexpr (NOISE) normals<N>(place + at, u.seed, u.offset, z);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       A next = (A)u.keep * (A)widen(x[q][i]) - (A)u.lr * w[q][i];
-      if constexpr (NOISE) next += (A)u.noise * (A)z[i];
+      if constexpr (NOISE) next += (A)u.noise * (A)z[q][i];
       x[q][i] = narrow<P>(next);
     }
     write<WHOLE, N, P>(t.theta, at, many[q], x[q]);
