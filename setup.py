@@ -158,7 +158,7 @@ class BuildWithNinja(build_ext):
         try:
             import torch
         except ImportError:
-            raise RuntimeError("torch is not installed where this builds: install it first, then use --no-build-isolation")
+            raise RuntimeError("torch is not installed where this builds: install it first, then use --no-build-isolation") from None
         import ninja
 
         output = Path(self.get_ext_fullpath("entangle_fast._C")).resolve()

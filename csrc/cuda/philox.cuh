@@ -41,22 +41,31 @@ EF_DEVICE void box_muller(uint32_t w0, uint32_t w1, float* z0, float* z1) {
   *z0 = radius * c, *z1 = radius * s;
 }
 
-// standard normals of elements start .. start + N
+EF_DEVICE void normal_block(uint64_t block, uint64_t seed, uint64_t offset, float (&z)[4]) {
+  uint32_t w[4];
+  philox(block, seed, offset, w);
+  box_muller(w[0], w[1], &z[0], &z[1]);
+  box_muller(w[2], w[3], &z[2], &z[3]);
+}
+
+// standard normals of elements start .. start + N; one block more where start is not a multiple of 4
 template <int N> EF_DEVICE void normals(int64_t start, uint64_t seed, uint64_t offset, float (&z)[N]) {
   static_assert(N % 4 == 0, "whole blocks");
   const int shift = (int)(start & 3);
-  float all[N + 4];
+  float now[4], next[4];
+  normal_block((uint64_t)(start >> 2), seed, offset, now);
 #pragma unroll
-  for (int b = 0; b <= N / 4; ++b) {
-    if (b == N / 4 && shift == 0) continue;
-    uint32_t w[4];
-    philox((uint64_t)(start >> 2) + b, seed, offset, w);
-    box_muller(w[0], w[1], &all[4 * b], &all[4 * b + 1]);
-    box_muller(w[2], w[3], &all[4 * b + 2], &all[4 * b + 3]);
+  for (int b = 0; b < N / 4; ++b) {
+    if (shift != 0 || b + 1 < N / 4) normal_block((uint64_t)(start >> 2) + b + 1, seed, offset, next);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // by selection: an index known at run time would put the values into local memory
+      const float one = i + 1 < 4 ? now[(i + 1) % 4] : next[(i + 1) % 4], two = i + 2 < 4 ? now[(i + 2) % 4] : next[(i + 2) % 4];
+      const float three = i + 3 < 4 ? now[(i + 3) % 4] : next[(i + 3) % 4];
+      z[4 * b + i] = shift == 0 ? now[i] : shift == 1 ? one : shift == 2 ? two : three;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) now[i] = next[i];
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i)  // by selection: an index known at run time would put `all` into local memory
-    z[i] = shift == 0 ? all[i] : shift == 1 ? all[i + 1] : shift == 2 ? all[i + 2] : all[i + 3];
 }
 
 }  // namespace ef::cuda

@@ -157,7 +157,7 @@ EF_DEVICE void update_vectors(const Lists<P, M, X>& t, int64_t e, int64_t stride
   }
 }
 
-template <class P, class M, class X, bool NOISE> __global__ void __launch_bounds__(kThreads, 2)
+template <class P, class M, class X, bool NOISE> __global__ void __launch_bounds__(kThreads, sizeof(P) == 8 ? 1 : 2)
 update(Table table, int k, const Acc<P>* coef_, StepUpdate u) {
   constexpr int N = sizeof(P) == 2 ? 8 : 4, U = sizeof(P) == 4 ? 2 : 1;
   const Span<const Acc<P>> coef(coef_);
