@@ -9,7 +9,7 @@ TORCH  ?= torch>=2.11,<2.14
 
 env: $(BIN)/.ready
 
-$(BIN)/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.inc csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*/*)
+$(BIN)/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.inc csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja numpy "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[test,triton]"

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import config as configs
-from . import demo, storage
-from .job import _load_task
+from . import demo, job, storage
 from .methods import METHODS
 
 CONFIG, CELLS, MODELS = "config.toml", "cells", "models"
@@ -125,9 +124,7 @@ def load_task(config: configs.TaskConfig):
     """The data: without a path the package's slice of Fashion-MNIST, as in the demo, so that machines compare."""
     if config.dataset == "fashion_mnist" and config.path is None:
         return demo.fashion_mnist(forget=config.forget, labels=config.labels, full=False)
-    from . import tasks
-
-    return _load_task(tasks, config)
+    return job.load_task(config)
 
 
 class Task(NamedTuple):

@@ -18,11 +18,12 @@ import torch
 
 from . import compare, demo, storage
 from .config import from_toml
-from .job import _task_of, unlearn
+from .job import task_facts, unlearn
 from .metrics.angle import gradient_angle
 from .metrics.privacy import membership
 from .metrics.relearning import relearn
 from .metrics.utility import utility
+from .report import machine_info
 
 ATTACKERS = ("sgd", "adam")
 
@@ -37,7 +38,7 @@ def work(folder: Path, task: compare.Task, jobs: int = 1) -> None:
         storage.save_tensors(task.made(folder), model.state_dict(), {"row": json.dumps(storage.plain(row))})
         return
     start = time.perf_counter()
-    cell = {"method": task.what, "seed": task.seed, "jobs": jobs, "threads": torch.get_num_threads()}
+    cell = {"method": task.what, "seed": task.seed, "jobs": jobs, "threads": torch.get_num_threads(), "commit": machine_info()["commit"]}
     try:
         cell |= {"state": "done", **_cell(folder, config, data, sets, task)}
     except Exception as error:  # whatever a method or an attack does wrong is this cell's, not the comparison's
@@ -64,7 +65,7 @@ def _cell(folder, config, data, sets, task: compare.Task) -> dict:
     retrained = _load(data, retrained_path) if retrained_path.is_file() else None
     more, details = measure_cell(model, original=original, retrained=retrained, sets=sets, seed=task.seed,
                                  attack_seeds=config.compare.attack_seeds, attack_steps=config.compare.attack_steps)  # fmt: skip
-    return {"row": row | more, "facts": facts, "task": _task_of(sets), **details}
+    return {"row": row | more, "facts": facts, "task": task_facts(sets), **details}
 
 
 def measure_cell(model, *, original, retrained, sets, seed: int, attack_seeds: int, attack_steps: int) -> tuple[dict, dict]:

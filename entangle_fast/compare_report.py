@@ -92,7 +92,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         "notes": [f"{c['method']}, seed {c['seed']}: {note}" for c in done for note in c.get("notes", [])],
         "curves": {a: _curves(done, names, f"relearning_{a}") for a in ("sgd", "adam")},
         "membership": _membership(done, names),
-        "propositions": next((c["facts"] for c in done if c["method"] == "entangled"), {}),
+        "facts": next((c["facts"] for c in done if c["method"] == "entangled"), {}),
         "settings": config.method,
         **machine_info(),
         "figures": [],

@@ -76,7 +76,7 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
         found = {
             "methods": {name: report.aggregate(r) for name, r in rows.items()},
             "task": {**described, "dataset": "fashion_mnist", "labels": "super", "source": task.source, "goal": GOAL},
-            "propositions": facts, **report.machine_info(), "figures": [],
+            "facts": facts, **report.machine_info(), "figures": [],
         }  # fmt: skip
         # after each seed: ctrl-C keeps the seeds that are done
         storage.save_tensors(out / report.LOSSES, losses)

@@ -62,7 +62,7 @@ class Result:
         original = {"seed": self.seed, **self.before, "seconds": None, "peak_mb": None}
         return {
             "methods": {"original": report.aggregate([original]), self.method: report.aggregate([self.row()])},
-            "task": self.task, "propositions": self.facts, **report.machine_info(), "figures": [],
+            "task": self.task, "facts": self.facts, **report.machine_info(), "figures": [],
         }
 
     def save(self, folder) -> Path:
@@ -178,7 +178,7 @@ class _Run:
             self.history[-1] |= {f"acc_{s}": after[s] for s in NAMES}
         result = Result(
             self.model, self.name, self.method, self.seed, self.before, after, self.seconds, peak.mb,
-            [_floats(row) for row in self.history], self.losses, facts, _task_of(self.test),
+            [_floats(row) for row in self.history], self.losses, facts, task_facts(self.test),
         )  # fmt: skip
         if self.out is not None:
             result.save(self.out)
@@ -281,7 +281,7 @@ def _floats(row: dict) -> dict:
     return out
 
 
-def _task_of(test) -> dict:
+def task_facts(test) -> dict:
     """What report.json says of the task, as far as the sets know it."""
     if not hasattr(test, "class_names"):
         return {}
@@ -371,7 +371,7 @@ def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False) -> R
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    task = _load_task(tasks, config.task)
+    task = load_task(config.task)
     model = _load_model(tasks, config.model).to(config.run.device)
     sets = task.split(config.task.adjacency, model=model)
     out = Path(config.run.out)
@@ -386,7 +386,10 @@ def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False) -> R
     return result
 
 
-def _load_task(tasks, c: configs.TaskConfig):
+def load_task(c: configs.TaskConfig):
+    """The data that a [task] section names."""
+    from . import tasks
+
     if c.dataset == "fashion_mnist":
         return tasks.fashion_mnist(c.path, forget=c.forget, labels=c.labels)
     load = {"cifar10": tasks.cifar10, "cifar100": tasks.cifar100, "image_folder": tasks.image_folder}[c.dataset]

@@ -142,7 +142,7 @@ def read_report(run_dir: str | os.PathLike) -> dict[str, Any]:
             if not isinstance(method.setdefault(key, kind()), kind):
                 raise CheckpointError(f"{path}: methods.{name}.{key} is no {kind.__name__}; run again to write it anew")
         method["seeds"] = [seed for seed in method["seeds"] if isinstance(seed, dict)]
-    for key in ("task", "propositions", "machine", "versions"):
+    for key in ("task", "facts", "machine", "versions"):
         if not isinstance(report.get(key), dict):
             report[key] = {}
     report["figures"] = [f for f in report.get("figures") or [] if isinstance(f, str)]
@@ -224,9 +224,9 @@ def table(report: Mapping[str, Any], console: Console, run_dir: str | os.PathLik
                 Text(f"{left_out} retained classes that lost less are not shown", style="dim"), soft_wrap=True
             )
 
-    if lines := list(_flat(report.get("propositions") or {})):
+    if lines := list(_flat(report.get("facts") or {})):
         console.print()
-        console.print(Text("Propositions, checked on this run", style="bold"))
+        console.print(Text("Measured on this run", style="bold"))
         for key, value in lines:
             console.print(Text(f"  {key}: {value}"), soft_wrap=True)
     if report.get("figures"):

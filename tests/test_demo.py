@@ -42,7 +42,7 @@ def test_the_report(tmp_path):
             assert 0 <= row[key] <= 100 and row[key] == pytest.approx(sum(s[key] for s in row["seeds"]) / 2)
         assert row["seconds"] > 0 and row["peak_mb"] >= 0, name
         assert [s["seed"] for s in row["seeds"]] == [0, 1] and set(row["per_class"]) == FINE
-    assert written["task"]["forget"] == ["Sneaker"] and "propositions" in written and "machine" in written
+    assert written["task"]["forget"] == ["Sneaker"] and "facts" in written and "machine" in written
     with (tmp_path / report.HISTORY).open() as file:
         rows = list(csv.DictReader(file))
     assert {r["method"] for r in rows} == NAMES - {"original"} and {r["seed"] for r in rows} == {"0", "1"}
@@ -59,7 +59,7 @@ def _timeless(found):
     """A report without what a clock or the memory says."""
     rows = {name: [{k: v for k, v in s.items() if k not in ("seconds", "peak_mb")} for s in row["seeds"]]
             for name, row in found["methods"].items()}  # fmt: skip
-    return rows, found["task"], found["propositions"]
+    return rows, found["task"], found["facts"]
 
 
 def test_what_was_done_is_kept_when_it_is_interrupted(tmp_path, monkeypatch):

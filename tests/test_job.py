@@ -100,7 +100,7 @@ def test_the_report(tmp_path):
     row = found["methods"]["entangled"]
     assert {"forget", "adjacent", "remote", "seconds", "peak_mb", "per_class", "seeds"} <= set(row)
     assert row["forget"] == pytest.approx(result.after["forget"]) and row["seeds"][0]["seed"] == 0
-    assert found["propositions"]["first_order"]["applies"]
+    assert found["facts"]["first_order"]["applies"]
     assert len((tmp_path / report.HISTORY).read_text().splitlines()) == 1 + STEPS
     assert same(storage.load_tensors(tmp_path / "model.safetensors"), bits(result.model))
     assert result.losses["entangled/0/stage2/forget"].shape == (8,)

@@ -95,7 +95,7 @@ def make_run(folder, seeds=3):
         "methods": methods,
         "task": {"dataset": "fashion_mnist", "labels": "super", "num_classes": 4, "forget": ["Sneaker"],
                  "classes": CLASSES},
-        "propositions": {"4.1": {"order_forget": 2.01}, "4.2": {"bound": None, "m": 1.9}},
+        "facts": {"4.1": {"order_forget": 2.01}, "4.2": {"bound": None, "m": 1.9}},
         "machine": {}, "versions": {}, "commit": None, "figures": [],
     })  # fmt: skip
     return folder

@@ -105,6 +105,12 @@ class Data:
     def retain(self) -> tuple[SampleSet, SampleSet]:
         return self.adjacent, self.remote
 
+    def retain_sizes(self, size: int) -> list[tuple[SampleSet, int]]:
+        """The adjacent and the remote set with their shares of ``size`` samples: in proportion, each at least one."""
+        n, m = map(len, self.retain)
+        near = min(max(1, round(size * n / (n + m))), max(1, size - 1))
+        return [(self.adjacent, near), (self.remote, max(1, size - near))]
+
 
 def _refuse_overlap(sets: list[SampleSet]) -> None:
     """The same sample, with the same label, in two sets. Datasets are compared by identity, and Subsets by their rows."""

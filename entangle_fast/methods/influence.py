@@ -152,9 +152,7 @@ class InfluenceProcess(Process):
         c, d = self.config, self.data
         parts = [] if forget is None else [(d.forget, forget, c.forget_batch)]
         if retain is not None:
-            n, m = len(d.adjacent), len(d.remote)
-            near = min(max(1, round(c.batch * n / (n + m))), max(1, c.batch - 1))  # in proportion to the sets' sizes
-            parts += [(d.adjacent, retain, near), (d.remote, retain, max(1, c.batch - near))]
+            parts += [(samples, retain, size) for samples, size in d.retain_sizes(c.batch)]
         drawn = [samples.batch(number, size) for samples, number, size in parts]
         x, y = (torch.cat([b[i] for b in drawn]) for i in (1, 2))
         losses, sizes = self.loss(self.model(x), y), [len(b[2]) for b in drawn]

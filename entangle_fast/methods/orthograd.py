@@ -72,9 +72,7 @@ class JointBatch(SgdProcess):
 
     def captured(self, k: int, row: dict) -> tuple[Tape, Tensor, int]:
         """The tape of step k after its backward, the losses (n,), and how many retain samples come first."""
-        c, (near, far) = self.config, self.data.retain
-        share = min(max(1, round(c.retain_batch * len(near) / (len(near) + len(far)))), c.retain_batch - 1)
-        sets = ((near, share), (far, c.retain_batch - share), (self.data.forget, c.batch))
+        sets = [*self.data.retain_sizes(self.config.retain_batch), (self.data.forget, self.config.batch)]
         batches = [samples.batch(k, size) for samples, size in sets]
         x, y = (torch.cat([b[i] for b in batches]) for i in (1, 2))
         with capture(self.model) as tape:

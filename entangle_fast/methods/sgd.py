@@ -82,10 +82,7 @@ class SgdProcess(Process):
 
     def retain_losses(self, k, size, row) -> Tensor:
         """A batch of adjacent and remote samples in proportion to the sets' sizes."""
-        n, m = len(self.data.adjacent), len(self.data.remote)
-        near = min(max(1, round(size * n / (n + m))), size - 1)
-        parts = [self.batch_losses(s, k, b, row) for s, b in zip(self.data.retain, (near, size - near))]
-        return torch.cat(parts)
+        return torch.cat([self.batch_losses(s, k, b, row) for s, b in self.data.retain_sizes(size)])
 
     def state(self):
         out = {"recent": self.recent}

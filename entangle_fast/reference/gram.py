@@ -61,7 +61,7 @@ def gram_conv(
     x (n, C_in, *size), g (n, C_out, *out_size); x2, g2 the other side or None for the symmetric case.
     route "pairs" contracts positions of the unfolded input, "tiles" goes over output channels.
     """
-    n, c_out, group_out = x.shape[0], g.shape[1], g.shape[1] // groups
+    n, group_out = x.shape[0], g.shape[1] // groups
     symmetric = x2 is None
     x2, g2 = (x, g) if symmetric else (x2, g2)
     dtype = accumulate_dtype(x, g)

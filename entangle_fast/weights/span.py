@@ -98,7 +98,7 @@ def project_away(
 
 
 def damped(gram: Tensor, cross: Tensor, u: Tensor | None = None, *, damping: float) -> tuple[float, Tensor]:
-    """The damped Newton direction (λI + GᵀG/n)⁻¹ v by Woodbury (WIN-U, arXiv 2604.13438; methods.md §4).
+    """The damped Newton direction (λI + GᵀG/n)⁻¹ v by Woodbury (methods.md §4).
 
     = v/λ − Gᵀ (nλI + GGᵀ)⁻¹ G v / λ, with G the n spanning gradients.
 
