@@ -1,4 +1,7 @@
-"""pytest bench [-k gram] [--memory] [--slow] --benchmark-json=…: every provider of a job in the same interleaved rounds."""
+"""pytest bench [-k gram] [--memory] [--slow] --benchmark-json=…: every provider of a job in the same interleaved rounds.
+
+The JSON is fit to be committed: medians and quantiles, no single times, no host name, no path.
+"""
 
 import sys
 from pathlib import Path
@@ -13,10 +16,13 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the jobs that take minutes or many GB")
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
+def pytest_benchmark_update_json(config, benchmarks, output_json):
     from measure import machine
 
-    machine_info["bench"] = machine()
+    rows = [{"name": b["name"], "extra_info": b["extra_info"]} for b in output_json["benchmarks"]]
+    moment = output_json["datetime"]
+    output_json.clear()
+    output_json.update(machine_info={"bench": machine()}, datetime=moment, benchmarks=rows)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The six models of the benchmarks. build(name, n) → (model, inputs (n, …), labels (n,)); no dropout, no batch statistics."""
+"""The models of the benchmarks. build(name, n) → (model, inputs (n, …), labels (n,)); no dropout, no batch statistics."""
 
 from __future__ import annotations
 
@@ -59,27 +59,30 @@ class Residual(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.short(x))
 
 
-def resnet18(classes=10):
-    layers, c = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()], 64
-    for k in (64, 128, 256, 512):
-        layers += [Residual(c, k, 1 if k == 64 else 2), Residual(k, k, 1)]
+def resnet18(widths=(64, 128, 256, 512), classes=10):
+    c = widths[0]
+    layers = [nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+    for i, k in enumerate(widths):
+        layers += [Residual(c, k, 2 if i else 1), Residual(k, k, 1)]
         c = k
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)).eval()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes)).eval()
 
 
-def cnn(classes=10):
+def cnn(widths=(32, 64, 128), classes=10):
     layers, c = [], 3
-    for k in (32, 64, 128):
+    for k in widths:
         for _ in range(2):
             layers += [nn.Conv2d(c, k, 3, 1, 1), nn.GroupNorm(8, k), nn.ReLU()]
             c = k
         layers += [nn.AvgPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
 
 
-def mlp(classes=10):
-    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
-                         nn.Linear(1024, classes))  # fmt: skip
+def mlp(d_in=784, width=1024, depth=3, classes=10):
+    layers = []
+    for i in range(depth):
+        layers += [nn.Linear(width if i else d_in, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
 MODELS = {
@@ -89,7 +92,22 @@ MODELS = {
     "encoder": (lambda: Encoder(256, 4, 2), (64, 256), 10),
     "vit_tiny": (ViT, (3, 224, 224), 100),
     "gpt2_small": (lambda: Encoder(768, 12, 12, causal=True), (128, 768), 10),
+    # for slopes.py: samples by the thousand in seconds
+    "small_mlp": (lambda: mlp(256, 256, 2), (256,), 10),
+    "small_cnn": (lambda: cnn((8, 16)), (3, 8, 8), 10),
+    # the same kinds, for tests/test_bench.py
+    "mini_mlp": (lambda: mlp(12, 16, 2), (12,), 10),
+    "mini_cnn": (lambda: cnn((8, 16)), (3, 8, 8), 10),
+    "mini_resnet": (lambda: resnet18((4, 8)), (3, 8, 8), 10),
+    "mini_encoder": (lambda: Encoder(16, 2, 1), (4, 16), 10),
+    "mini_vit": (lambda: ViT(16, 2, 1, 4, 10), (3, 8, 8), 10),
+    "mini_gpt2": (lambda: Encoder(16, 2, 1, causal=True), (4, 16), 10),
 }
+
+
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in MODELS[name][0]().parameters())
 
 
 def build(name: str, n: int, dtype: torch.dtype = torch.float32):

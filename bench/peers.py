@@ -1,102 +1,203 @@
-"""What the other libraries offer for the same jobs, each used as its documentation says; a missing one is left out."""
+"""What the other libraries offer for the same jobs, each used as its documentation says; a missing one is left out.
+
+In a venv of their own that sees the packages of .venv, so that none of them moves torch or brings a torchvision that does
+not fit it (POT and geomloss alone are in the extra ``bench``):
+
+    python -m venv peers && realpath .venv/lib/python3*/site-packages > $(echo peers/lib/python3*/site-packages)/main.pth
+    peers/bin/pip install --no-deps opacus torchjd backpack-for-pytorch einops unfoldNd opt_einsum POT geomloss
+    make bench BENCH_PYTHON=peers/bin/python
+
+A function here takes a model and a batch and gives a call. What a library does once before a training loop (wrapping the
+model, building an engine, compiling) is done once, on a copy, and not timed.
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-warnings.filterwarnings("ignore", module="opacus|torchjd|torch.nn")
+import entangle_fast as ef
+
+warnings.filterwarnings("ignore", module="opacus|torchjd|backpack|torch.nn")
 
 
 def losses_of(model, x, y):
     return F.cross_entropy(model(x).float(), y, reduction="none")
 
 
+# ---- ours, and the floor ----
+
+
 def plain(model, x, y):
     """Forward and backward of the mean loss: what one ordinary training step costs; the floor, not a Gram."""
-    model.zero_grad(set_to_none=True)
-    losses_of(model, x, y).mean().backward()
+
+    def call():
+        model.zero_grad(set_to_none=True)
+        losses_of(model, x, y).mean().backward()
+
+    return call
 
 
-def ours(model, x, y):
-    import entangle_fast as ef
-
+def captured(model, x, y, stream=()):
     with ef.capture(model) as tape:
         losses = losses_of(model, x, y)
-        tape.backward(losses, stream=("gram",))
-    return tape.gram()
-
-
-def ours_kept(model, x, y):
-    """Factors kept, the Gram asked for afterwards."""
-    import entangle_fast as ef
-
-    with ef.capture(model) as tape:
-        losses = losses_of(model, x, y)
-        tape.backward(losses)
-    return tape.gram()
+        tape.backward(losses, stream=stream)
+    return tape
 
 
 def capture_only(model, x, y):
     """Forward and backward with the factors kept and no contraction."""
-    import entangle_fast as ef
-
-    with ef.capture(model) as tape:
-        losses = losses_of(model, x, y)
-        tape.backward(losses)
+    return lambda: captured(model, x, y) and None
 
 
-def _gram_of(grads):
-    return sum(g.flatten(1).float() @ g.flatten(1).float().T for g in grads)
+# ---- per-sample gradients: a call gives a list of tensors (n, *shape), one a parameter ----
 
 
-def vmap(model, x, y):
-    from torch.func import functional_call, grad
-    from torch.func import vmap as map_
+def vmap_grads(model, x, y):
+    from torch.func import functional_call, grad, vmap
 
     params = {k: p.detach() for k, p in model.named_parameters()}
 
     def one(p, xi, yi):
         return F.cross_entropy(functional_call(model, p, (xi[None],)).float(), yi[None])
 
-    return _gram_of(map_(grad(one), in_dims=(None, 0, 0))(params, x, y).values())
+    return lambda: list(vmap(grad(one), in_dims=(None, 0, 0))(params, x, y).values())
 
 
-def autograd_loop(model, x, y):
-    params, losses = list(model.parameters()), losses_of(model, x, y)
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(l, params, retain_graph=True)]) for l in losses]
-    G = torch.stack(rows)
-    return G @ G.T
+def loop_grads(model, x, y):
+    """One backward for each sample."""
+    params = list(model.parameters())
+
+    def call():
+        rows = [torch.autograd.grad(losses_of(model, xi[None], yi[None]).sum(), params) for xi, yi in zip(x, y)]
+        return [torch.stack(parts) for parts in zip(*rows)]
+
+    return call
 
 
-def opacus(model, x, y):
+def opacus_grads(model, x, y):
     from opacus import GradSampleModule
 
-    wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")
-    try:
+    wrapped = GradSampleModule(copy.deepcopy(model), strict=False, loss_reduction="sum")
+
+    def call():
+        wrapped.zero_grad(set_to_none=True)
         losses_of(wrapped, x, y).sum().backward()
-        return _gram_of([p.grad_sample for p in model.parameters()])
-    finally:
-        for p in model.parameters():
-            p.grad_sample = None
-        wrapped.to_standard_module()
+        return [p.grad_sample for p in wrapped.parameters()]
+
+    return call
 
 
-def torchjd(model, x, y):
+def backpack_grads(model, x, y):
+    from backpack.extensions import BatchGrad
+
+    return _backpack(model, x, y, BatchGrad(), "grad_batch")
+
+
+def _backpack(model, x, y, extension, field):
+    from backpack import backpack, extend
+
+    extended = extend(copy.deepcopy(model))
+
+    def call():
+        extended.zero_grad(set_to_none=True)
+        with backpack(extension):
+            losses_of(extended, x, y).sum().backward()
+        return [getattr(p, field) for p in extended.parameters()]
+
+    return call
+
+
+GRADS = {"vmap": vmap_grads, "autograd_loop": loop_grads, "opacus": opacus_grads, "backpack": backpack_grads}
+
+
+# ---- Grams (n, n), squared norms (n,) ----
+
+
+def gram_of(grads, others=None) -> Tensor:
+    rows = lambda gs: [g.flatten(1).float() for g in gs]  # noqa: E731
+    grads = rows(grads)
+    return sum(g @ h.T for g, h in zip(grads, rows(others) if others is not None else grads))
+
+
+def sqnorms_of(grads) -> Tensor:
+    return sum(g.flatten(1).float().square().sum(1) for g in grads)
+
+
+def _then(of: Callable, source: Callable) -> Callable:
+    def build(model, x, y):
+        grads = source(model, x, y)
+        return lambda: of(grads())
+
+    return build
+
+
+def torchjd_gram(model, x, y):
     from torchjd.autogram import Engine
 
-    return Engine(model, batch_dim=0).compute_gramian(losses_of(model, x, y))
+    model = copy.deepcopy(model)  # the engine hooks its modules
+    batched = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())  # it refuses those
+    engine = Engine(model, batch_dim=0 if batched else None)
+    return lambda: engine.compute_gramian(losses_of(model, x, y))
 
 
-GRAM = {"ours": ours, "ours_kept": ours_kept, "capture_only": capture_only, "plain": plain, "vmap": vmap, "opacus": opacus,
-        "torchjd": torchjd, "autograd_loop": autograd_loop}  # fmt: skip
-NO_RESULT = ("plain", "capture_only")
-NEEDS = {"opacus": "opacus", "torchjd": "torchjd", "pot": "ot", "geomloss": "geomloss"}
+def compiled(f: Callable) -> Callable:
+    torch.compiler.reset()  # each job's shapes are compiled for; past a limit of them torch would run eagerly instead
+    return torch.compile(f, dynamic=False)
 
 
-def there(provider: str) -> bool:
-    from importlib.util import find_spec
+def compiled_gram(model, x, y):
+    """torch.compile of the vmap form."""
+    grads = vmap_grads(model, x, y)
+    return compiled(lambda: gram_of(grads()))
 
-    return provider not in NEEDS or find_spec(NEEDS[provider]) is not None
+
+def ghost_sqnorms(model, x, y):
+    """Opacus' ghost clipping: norms from the layers' factors where it has a rule, from one layer's gradients elsewhere."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(copy.deepcopy(model), strict=False, loss_reduction="sum", use_ghost_clipping=True)
+
+    def call():
+        wrapped.zero_grad(set_to_none=True)
+        losses_of(wrapped, x, y).sum().backward()
+        return wrapped.get_norm_sample().square()
+
+    return call
+
+
+def opacus_sqnorms(model, x, y):
+    grads = opacus_grads(model, x, y)
+
+    def call():  # as its DPOptimizer does
+        norms = [g.reshape(len(g), -1).norm(2, dim=-1) for g in grads()]
+        return torch.stack(norms, 1).norm(2, dim=1).square()
+
+    return call
+
+
+def backpack_sqnorms(model, x, y):
+    from backpack.extensions import BatchL2Grad
+
+    norms = _backpack(model, x, y, BatchL2Grad(), "batch_l2")
+    return lambda: sum(norms())
+
+
+FLOOR = {"plain": plain, "capture_only": capture_only}
+GRAM = {
+    "ours": lambda m, x, y: lambda: captured(m, x, y, ("gram",)).gram(),
+    "ours_kept": lambda m, x, y: lambda: captured(m, x, y).gram(),  # factors kept, the Gram asked for afterwards
+    **FLOOR, **{name: _then(gram_of, source) for name, source in GRADS.items()},
+    "torchjd": torchjd_gram, "compile": compiled_gram,
+}  # fmt: skip
+SQNORMS = {
+    "ours": lambda m, x, y: lambda: captured(m, x, y, ("sqnorms",)).sqnorms(),
+    **FLOOR, "vmap": _then(sqnorms_of, vmap_grads), "autograd_loop": _then(sqnorms_of, loop_grads),
+    "opacus": opacus_sqnorms, "ghost": ghost_sqnorms, "backpack": backpack_sqnorms,
+}  # fmt: skip

@@ -169,14 +169,14 @@ def _not_default(op: str, args) -> str | None:
 
 
 def _refuse_triton(op: str, args) -> str | None:
+    if away := [x for x in _tensors(args) if x.device.type != "cuda"]:  # HIP devices are called "cuda" too
+        return f"its kernels run on a GPU, a tensor is on {away[0].device}"
     try:
         module = importlib.import_module(f"{__package__}.kernels.{_kernel_module(op)}")
     except ModuleNotFoundError as error:
         return f"{error.name} is not there"
     if not hasattr(module, op):
         return "no Triton kernel for this operation"
-    if away := [x for x in _tensors(args) if x.device.type != "cuda"]:  # HIP devices are called "cuda" too
-        return f"its kernels run on a GPU, a tensor is on {away[0].device}"
     return module.refuse(op, *args)
 
 
@@ -194,6 +194,8 @@ def _choose(op: str, args) -> Explanation:
         raise BackendError(f"{ENV}={os.environ[ENV]}: unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
     found = Explanation(op, None)
     for name in named or BACKENDS:
+        if found.backend is not None and not _explaining:
+            break  # reasons are for those who ask
         if why := _REFUSE[name](op, args) or (None if named or name != "cuda" else _not_default(op, args)):
             found.reasons[name] = why
         elif found.backend is None:

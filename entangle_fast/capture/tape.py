@@ -176,16 +176,17 @@ class Tape:
             self._stream.finish(self)
 
     def _run(self, losses: Tensor) -> None:
-        self.idle, seeds = not self.recomputes, torch.ones_like(losses)
+        self.idle = not self.recomputes
         with self.mode if self.recomputes and not self.active else contextlib.nullcontext():
             try:
                 if self.recomputes:
                     # torch.autograd.backward hands itself to the mode, which is then off for the forwards inside
                     torch.autograd.Variable._execution_engine.run_backward(
-                        (losses,), (seeds,), False, False, (self.anchor,), allow_unreachable=True, accumulate_grad=True
+                        (losses,), (torch.ones_like(losses),), False, False, (self.anchor,), allow_unreachable=True, accumulate_grad=True
                     )
                 else:
-                    torch.autograd.backward(losses, seeds, inputs=[self.anchor])
+                    # of the sum: seeds given to torch.autograd make it import sympy, 50 MB
+                    torch.autograd.backward(losses.sum(), inputs=[self.anchor])
             finally:
                 self.idle, self.anchor.grad = True, None
 
