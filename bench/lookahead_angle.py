@@ -30,7 +30,7 @@ from entangle_fast.report import machine_info
 from entangle_fast.storage import save_json
 
 FORGOTTEN = 20.0
-RUNS = ((0.0, 1), (0.01, 1), (0.01, 2), (0.1, 1), (0.1, 2))  # (α, order)
+RUNS = ((0.0, 1), (0.01, 1), (0.01, 2), (0.1, 1))  # (α, order)
 
 
 def start_from(task, sets, seed, folder):
@@ -80,7 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forget", default="Sneaker")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=15, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=30, help="steps between checkpoints")
     parser.add_argument("--originals", type=Path, help="folder to keep the trained models in")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -36,6 +36,30 @@ def test_the_compiled_library_comes_first_on_the_cpu(monkeypatch):
     assert ef.explain(ef.ops.gram, A.half(), B.half()).backend == "reference"
 
 
+@needs_cpp
+def test_torch_where_it_is_faster(monkeypatch):
+    a, b = torch.ones(3, 8, 64), torch.ones(3, 8, 64)
+    monkeypatch.delenv(dispatch.ENV, raising=False)
+    found = ef.explain(ef.ops.sqnorm, a, b)
+    assert found.backend == "reference" and "bmm" in found.reasons["cpp"]
+    assert ef.explain(ef.ops.sqnorm, a.bfloat16(), b.bfloat16()).backend == "cpp"
+    monkeypatch.setenv(dispatch.ENV, "cpp")
+    assert ef.explain(ef.ops.sqnorm, a, b).backend == "cpp"
+
+
+def test_a_cpu_call_imports_no_gpu_compiler():
+    code = (
+        "import sys, torch, entangle_fast as ef\n"
+        "m = torch.nn.Linear(8, 3)\n"
+        "with ef.capture(m) as tape:\n"
+        "    tape.backward(m(torch.randn(4, 8)).square().sum(1), stream=('gram',))\n"
+        "assert tape.gram().shape == (4, 4)\n"
+        "print(*(k for k in ('triton', 'sympy') if k in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize("value", ["reference", " reference ", "triton,reference"])
 def test_a_named_backend_is_used(monkeypatch, value):
     monkeypatch.setenv(dispatch.ENV, value)
