@@ -6,22 +6,26 @@ Each case runs with ENTANGLE_FAST_BACKEND=cuda and =triton, a cold L2 cache, med
 farther from the reference's than 1e-6 and than twice Triton's distance.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
-import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import torch
-from gpu_matrix import DEVICE, Timer
+from gpu_job import DEVICE, GPU, Timer, chosen
+from gpu_matrix import ROOT, Report, versions
 
 import entangle_fast as ef
 from entangle_fast import dispatch
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SIZES = (10**4, 10**6, 10**8)
-DTYPES = (torch.float32, torch.bfloat16)
+SIZES = (10**6, 10**8, 10**4)  # in this order, so that a run cut short has the sizes that matter
+DTYPES = (torch.bfloat16, torch.float32)
+GRAM, PROJECT = (256, 512), (64, 256, 64)  # positions, width, and directions
 
 
 def lists(total: int, dtype: torch.dtype, count: int) -> list[list[torch.Tensor]]:
@@ -70,15 +74,15 @@ def sample_loss_backward(size, dtype):
 
 
 def gram(size, dtype):
-    t, d = 256, 512
+    t, d = GRAM
     a, b = (torch.randn(max(1, size // (2 * t * d)), t, d, device=DEVICE).to(dtype) for _ in range(2))
     return lambda: ef.ops.gram(a, b, route="tiles")
 
 
 def project_random(size, dtype):
-    t, d = 64, 256
+    t, d, k = PROJECT
     a, b = (torch.randn(max(1, size // (2 * t * d)), t, d, device=DEVICE).to(dtype) for _ in range(2))
-    return lambda: ef.ops.project_random(a, b, 64, seed=1)
+    return lambda: ef.ops.project_random(a, b, k, seed=1)
 
 
 CASES = {f.__name__: f for f in (step_gram, step_update, w2_sorted, sample_loss, sample_loss_backward, gram, project_random)}
@@ -94,15 +98,14 @@ def measure(op: str, size: int, dtype: torch.dtype, timer: Timer) -> dict:
 
     found, ms = {}, {}
     for backend in ("reference", "triton", "cuda"):
-        os.environ[dispatch.ENV] = backend
-        dispatch._choose = counting
-        try:
-            found[backend] = run().double()
-        finally:
-            dispatch._choose = choose
-        if backend != "reference":
-            ms[backend] = timer(run)["ms"]
-    os.environ.pop(dispatch.ENV)
+        with chosen(backend):
+            dispatch._choose = counting
+            try:
+                found[backend] = run().double()
+            finally:
+                dispatch._choose = choose
+            if backend != "reference":
+                ms[backend] = timer(run)["ms"]
     scale = found["reference"].norm().clamp(min=1e-300)
     apart = {b: ((found[b] - found["reference"]).norm() / scale).item() for b in ms}
     return {"op": op, "backend": "cuda", "dtype": str(dtype), "elements": elements[0], "ms": ms["cuda"], "triton_ms": ms["triton"],
@@ -110,26 +113,40 @@ def measure(op: str, size: int, dtype: torch.dtype, timer: Timer) -> dict:
             "correct": apart["cuda"] <= max(1e-6, 2 * apart["triton"])}  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def run(report: Report, sizes, timer: Timer, seconds: float) -> None:
+    """Every case into the report, size by size; none is begun after ``seconds``."""
+    began = time.perf_counter()
+    report.content |= {"backends": [], "failed": [], "skipped": []}
+    for size, op, dtype in ((s, o, d) for s in sizes for o in CASES for d in DTYPES):
+        name = f"{op} {dtype} {size}"
+        if time.perf_counter() - began > seconds:
+            report.content["skipped"].append(name)
+            continue
+        try:
+            report.content["backends"].append(measure(op, size, dtype, timer))
+            print(json.dumps(report.content["backends"][-1]), flush=True)
+        except Exception as error:  # one case must not cost the others their numbers
+            traceback.print_exc()
+            report.content["failed"].append(f"{name}: {type(error).__name__}: {str(error)[:400]}")
+        if GPU:
+            torch.cuda.empty_cache()
+        report.save()
+    report.save()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--commit", default="unknown")
-    options = parser.parse_args()
-    name, timer = torch.cuda.get_device_name(), Timer(30)
-    report = {"device": name, "commit": options.commit, "torch": torch.__version__, "backends": [], "failed": []}
-    folder = RESULTS / name.replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    for op in CASES:
-        for dtype in DTYPES:
-            for size in SIZES:
-                try:
-                    report["backends"].append(measure(op, size, dtype, timer))
-                    print(json.dumps(report["backends"][-1]), flush=True)
-                except Exception as error:  # one case must not cost the others their numbers
-                    report["failed"].append(f"{op} {dtype} {size}: {type(error).__name__}: {error}")
-                    print(report["failed"][-1], flush=True)
-                torch.cuda.empty_cache()
-                (folder / f"backends-{options.commit}.json").write_text(json.dumps(report, indent=1) + "\n")
-    return int(bool(report["failed"]) or not all(r["correct"] for r in report["backends"]))
+    parser.add_argument("--budget", type=float, default=300, help="seconds after which no further case begins")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    options = parser.parse_args(arguments)
+    if not GPU:
+        print("gpu_backends: no GPU that torch can use; nothing was measured", file=sys.stderr)
+        return 3
+    report = Report(f"backends-{options.commit}", options.results, commit=options.commit, **versions())
+    run(report, SIZES, Timer(30, 1.0), options.budget)
+    print("written:", *report.paths)
+    return int(bool(report.content["failed"]) or not all(r["correct"] for r in report.content["backends"]))
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ from .methods import (
     Woodbury,
 )
 from .methods.process import NonFinite
+from .warmup import warmup
 
 __all__ = [
     "BackendError", "CaptureError", "Entangled", "FineTune", "Geometric", "GradientAscent", "Influence", "L1Sparse",
     "Lookahead", "NegGradPlus", "NonFinite", "OrthoGrad", "Pgu", "RandomLabels", "Result", "Retrain", "Rosu", "SalUn",
     "Scrub", "Ssd", "Tape", "Woodbury", "capture", "check_capture", "explain", "methods", "metrics", "ops", "optim",
-    "tasks", "unlearn", "weights",
+    "tasks", "unlearn", "warmup", "weights",
 ]  # fmt: skip

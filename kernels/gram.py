@@ -29,27 +29,36 @@ LOOKUP = {
 
 @triton.jit
 def _rows(
-    table, partial, layers, per_split, n, m, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SYMMETRIC: tl.constexpr,
-    PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    table, partial, counter, out, layers, n, m, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    SPLIT: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] (n, m) = Σ over this split's layers of (A A2ᵀ)∘(B B2ᵀ).
+    """out (n, m) = Σ over layers of (A A2ᵀ)∘(B B2ᵀ); grid: tiles of out × splits of the layers.
 
-    A table row holds ten integers: the addresses of a, b, a2, b2, their four strides between samples, d_in, d_out.
+    A table row holds ten integers: the addresses of a, b, a2, b2, their four strides between samples, d_in, d_out; after
+    the rows stands the first layer of each split, and the count of layers.
+    SYMMETRIC: tiles on and above the diagonal only, column by column; what is above it is written twice.
+    SPLIT: sums go to partial[split, tile]; the last program of a tile, told by counter[tile] (zero before and after),
+    adds them in the order of the splits: the same bits every time.
 
-    Bytes: (n + m)(d_in + d_out) an operand and layer, re-read by each row of tiles (L2).
+    Bytes: (n + m)(d_in + d_out) an operand and layer, re-read by each row of tiles (L2); 4 splits·nm written and read.
     FLOPs: 2nm(d_in + d_out) a layer, half when symmetric.  Limit: tensor cores at n ≥ 512, else bandwidth.
     Fraction reached: not yet run on a GPU.
     """
-    cols = tl.cdiv(m, BN)
-    i0, j0 = (tl.program_id(0) // cols) * BM, (tl.program_id(0) % cols) * BN
+    tile, split = tl.program_id(0), tl.program_id(1)
     if SYMMETRIC:
-        if j0 + BN <= i0:
-            return
-    i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
+        tl.static_assert(BN % BM == 0)
+        high, wide = tile, 0
+        while high >= (wide + 1) * (BN // BM):  # a column of tiles ends on the diagonal
+            wide += 1
+            high -= wide * (BN // BM)
+    else:
+        high, wide = tile // tl.cdiv(m, BN), tile % tl.cdiv(m, BN)
+    r, q = tl.arange(0, BM), tl.arange(0, BN)
+    i, j = high * BM + r, wide * BN + q
     im, jm = i < n, j < m
     acc = tl.zeros((BM, BN), tl.float32)
-    start = tl.program_id(1) * per_split
-    for l in range(start, min(start + per_split, layers)):
+    ends = table + layers * 10 + split
+    for l in range(tl.load(ends).to(tl.int32), tl.load(ends + 1).to(tl.int32)):
         row = table + l * 10
         a, b, a2, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
         sa, sb, sa2, sb2 = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
@@ -63,8 +72,23 @@ def _rows(
         x, y = pointer(b, DTYPE, ALIGNED), pointer(b2, DTYPE, ALIGNED)
         pb = products(x, i * sb, im, y, j * sb2, jm, table, d_out, False, 1, PREC, BM, BN, BK)
         acc += pa * pb
-    at = tl.program_id(1).to(tl.int64) * n * m + i.to(tl.int64)[:, None] * m + j[None, :]
-    tl.store(partial + at, acc, mask=im[:, None] & jm[None, :])
+    if SPLIT:
+        pitch = tl.num_programs(0).to(tl.int64) * (BM * BN)
+        mine = partial + tile.to(tl.int64) * (BM * BN) + r[:, None] * BN + q[None, :]
+        tl.store(mine + split * pitch, acc)
+        tl.debug_barrier()  # every thread's part is out before one of them counts
+        if tl.atomic_add(counter + tile, 1, sem="acq_rel") != tl.num_programs(1) - 1:
+            return
+        acc = tl.zeros((BM, BN), tl.float32)
+        for s in range(0, tl.num_programs(1)):
+            acc += tl.load(mine + s * pitch, cache_modifier=".cg")
+        tl.store(counter + tile, 0)
+    rows, columns = i.to(tl.int64)[:, None], j.to(tl.int64)[None, :]
+    mask = im[:, None] & jm[None, :]
+    if SYMMETRIC:
+        mask = mask & (columns >= rows)
+        tl.store(out + columns * m + rows, acc, mask=mask)
+    tl.store(out + rows * m + columns, acc, mask=mask)
 
 
 @triton.jit
@@ -127,9 +151,37 @@ def _pairs(
     tl.store(out + i * m + j, k, mask=mask)
 
 
+def _counter(count: int, device: torch.device) -> Tensor:
+    """Zeros that every launch leaves zero: filled once a stream, so that a call stays one launch."""
+
+    def make():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+
+    if launch.capturing(device):  # a graph may be replayed beside other streams: its zeros are its own
+        return make()
+    count = launch.power_of_2(count, 256)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return launch.cached(("counter", stream, count), device, make)
+
+
+def _splits(count: int, layers: int, processors: int) -> int:
+    """How many runs to cut the layers into: rounds of programs × (layers of one, and one more for its sum) least."""
+    return min(range(1, min(layers, 64) + 1), key=lambda s: cdiv(count * s, processors) * (cdiv(layers, s) + 1))
+
+
+def _shares(work: list[int], count: int) -> list[int]:
+    """First layer of each of ``count`` runs of about equal work, and the count of layers."""
+    total, ends, done = sum(work), [0], 0
+    for l, each in enumerate(work):
+        done += each
+        while len(ends) < count and done * count >= len(ends) * total:
+            ends.append(l + 1)
+    return [*ends, len(work)]
+
+
 @launch.on_device
 def gram_rows_grouped(pairs: list, others: list | None = None) -> Tensor:
-    """Σ over layers of (A Aᵀ)∘(B Bᵀ), every layer in one launch (and one more that adds the splits in order).
+    """Σ over layers of (A Aᵀ)∘(B Bᵀ), every layer in one launch.
 
     pairs: (a (n, d_in), b (n, d_out)) for each layer, widths free, one dtype; others: the same for m samples, or None.
     Returns (n, m) float32.
@@ -137,26 +189,29 @@ def gram_rows_grouped(pairs: list, others: list | None = None) -> Tensor:
     a, b = pairs[0]
     symmetric = others is None
     n, m = a.shape[0], (pairs if symmetric else others)[0][0].shape[0]
-    values, aligned, kept = [], True, []
+    values, work, aligned, kept = [], [], True, []
     for left, right in zip(pairs, pairs if symmetric else others):
         four = [x if x.stride(1) == 1 else x.contiguous() for x in (*left, *right)]
         kept += four  # copies must outlive the launch
         strides, widths = [x.stride(0) for x in four], [left[0].shape[1], left[1].shape[1]]
         values += [*(x.data_ptr() for x in four), *strides, *widths]
+        work.append(sum(widths))
         aligned &= all(x.data_ptr() % 16 == 0 for x in four) and all(v % 16 == 0 for v in strides + widths)
     if 0 in (n, m):
         return a.new_zeros(n, m, dtype=torch.float32)
     cfg = tune.config("rows", PAIRS[a.element_size()], str(a.dtype))
-    programs = cdiv(n, cfg["BM"]) * cdiv(m, cfg["BN"])
-    count = launch.splits(programs // 2 if symmetric else programs, len(pairs), a)
-    per = cdiv(len(pairs), count)
-    count = cdiv(len(pairs), per)
-    partial = a.new_empty(count, n, m, dtype=torch.float32)
-    _rows[(programs, count)](
-        table.table(values, a.device), partial, len(pairs), per, n, m, DTYPE=launch.TL[a.dtype], ALIGNED=aligned,
-        SYMMETRIC=symmetric, PREC=launch.precision(a.dtype), **cfg,
+    high, wide = cdiv(n, cfg["BM"]), cdiv(m, cfg["BN"])
+    count = high + cfg["BN"] // cfg["BM"] * (wide * (wide - 1) // 2) if symmetric else high * wide
+    splits = _splits(count, len(pairs), launch.processors(a))
+    out = a.new_empty(n, m, dtype=torch.float32)
+    partial = counter = out  # not touched without splits
+    if splits > 1:
+        partial, counter = out.new_empty(splits, count, cfg["BM"], cfg["BN"]), _counter(count, a.device)
+    _rows[(count, splits)](
+        table.table(values + _shares(work, splits), a.device), partial, counter, out, len(pairs), n, m,
+        DTYPE=launch.TL[a.dtype], ALIGNED=aligned, SYMMETRIC=symmetric, SPLIT=splits > 1, PREC=launch.precision(a.dtype), **cfg,
     )  # fmt: skip
-    return tiles.finish(partial, symmetric)
+    return out
 
 
 def pair_blocks(t: int, s: int, bm: int, bn: int) -> tuple[int, int]:

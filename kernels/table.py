@@ -10,7 +10,7 @@ from .launch import cached, capturing
 _ARGS = 16
 
 
-@triton.jit(do_not_specialize=[f"v{i}" for i in range(_ARGS)])
+@triton.jit(do_not_specialize=["count", *(f"v{i}" for i in range(_ARGS))])
 def _write(
     out, count,
     v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64,
@@ -60,6 +60,8 @@ def table(values: list[int], device: torch.device) -> Tensor:
     def make():
         if capturing(device):
             return write_by_arguments(values, device)
+        if device.type == "cuda":  # compiled and loaded now: a capture that comes next can do neither
+            cached("writer", device, lambda: write_by_arguments([0], device))
         host = torch.tensor(values, dtype=torch.int64)
         return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 

@@ -93,8 +93,7 @@ lookahead_count(Table table, Acc<T> alpha, int64_t* found_, int64_t* places_, un
       for (int i = 0; i < kThreads; ++i) {
         if (i < (int)threadIdx.x) place += all[i];
         before += all[i];
-      }
-      __syncthreads();
+      }  // the next turn's block_sum is a barrier before `all` is written again
     }
     if (at < gridDim.x) places[at] = place;
   }

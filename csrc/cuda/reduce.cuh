@@ -51,12 +51,12 @@ EF_DEVICE int block_scan(int v, int* total) {
   return before;
 }
 
-// True in every thread of the block that comes last of `blocks`: what the others stored before is there to read.
+// True in every thread of the block that comes last of `blocks`: what thread 0 of the others stored before is there to read.
+// Stores of other threads need a barrier before the call. Once a kernel.
 EF_DEVICE bool last_block(unsigned* counter, unsigned blocks) {
   __shared__ bool last;
-  __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // after the barrier: it covers what every thread of this block stored
+    __threadfence();
     last = atomicAdd(counter, 1u) == blocks - 1;
     __threadfence();
   }

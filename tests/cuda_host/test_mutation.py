@@ -85,22 +85,6 @@ OF = {  # the cases that can notice a site of this file; others: all
 }  # fmt: skip
 
 
-# Synchronisations whose absence no run can show, by file and place among its sites
-UNSEEN = {
-    ("lookahead.cu", 1): "the next turn's block_sum is a barrier before `all` is written again: redundant",
-    ("reduce.cuh", 4): "every caller lets thread 0 alone store, right after block_sum's barrier: redundant for them",
-    ("sample_loss.cu", 1): "matters to a block's second row, which comes beyond 65536 rows only",
-}
-
-
-def parameters():
-    count = {}
-    for file, line in sites():
-        place = count[file] = count.get(file, -1) + 1
-        marks = [pytest.mark.xfail(strict=True, reason=UNSEEN[file, place])] if (file, place) in UNSEEN else []
-        yield pytest.param((file, line), marks=marks, id=f"{file}:{line}")
-
-
 def _same(xs, ys):
     return len(xs) == len(ys) and all(x.shape == y.shape and torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(xs, ys))
 
@@ -157,7 +141,7 @@ def test_every_site_is_reached(expected):
     assert not missed, f"no case runs the synchronisation at {sorted(missed)}"
 
 
-@pytest.mark.parametrize("site", list(parameters()))
+@pytest.mark.parametrize("site", sites(), ids=lambda site: f"{site[0]}:{site[1]}")
 def test_left_out(site, expected):
     names = OF.get(site[0], list(CASES))
     assert _in_child(lambda: _noticed(names, site, expected)), f"nothing shows that the synchronisation at {site[0]}:{site[1]} is missing"

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from plain import plain_precision
 
 import entangle_fast as ef
 from entangle_fast import dispatch, reference
-from plain import plain_precision
 
 pytest.importorskip("triton")
 
@@ -24,33 +24,47 @@ def moved(x, device=None, dtype=None):
     return x.to(device, dtype if x.is_floating_point() else None, copy=True)
 
 
-def check(op, *args, eps=0.0):
-    """torch.ops.entangle_fast.<op> with Triton; eps: rounding of a coarser dtype that limits the result."""
-    gpu = moved(args, "cuda")
-    assert dispatch._choose(op, gpu).backend == "triton", str(dispatch._choose(op, gpu))
-    got = getattr(torch.ops.entangle_fast, op)(*gpu)
-    again = getattr(torch.ops.entangle_fast, op)(*gpu)
-    with plain_precision():
-        plain = getattr(reference, op)(*gpu)
-    want = getattr(reference, op)(*moved(args, "cpu", torch.float64))
-    one = isinstance(want, torch.Tensor)
-    floats = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    floor = max([eps, *(torch.finfo(x.dtype).eps / 16 for x in floats)])
-    for x, y, p, z in zip(*([(v,) for v in (got, again, plain, want)] if one else (got, again, plain, want))):
-        assert torch.equal(x.nan_to_num(), y.nan_to_num()), f"{op}: two runs differ"
+def compare(what, got, again, plain, want, floor):
+    for x, y, p, z in zip(*(v if isinstance(v, (list, tuple)) else [v] for v in (got, again, plain, want))):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num()), f"{what}: two runs differ"
         x, p = x.double().cpu(), p.double().cpu()
         finite = torch.isfinite(z)
-        assert torch.equal(torch.isfinite(x), finite), f"{op}: NaN or infinity where the exact result has none"
+        assert torch.equal(torch.isfinite(x), finite), f"{what}: NaN or infinity where the exact result has none"
         if not z.numel() or not torch.equal(torch.isfinite(p), finite):
             continue  # plain PyTorch overflows in this dtype
         z, x, p = z[finite], x[finite], p[finite]
         allowed = 2 * (p - z).abs().max() + 4 * floor * z.abs().max() if len(z) else 0
-        assert not len(z) or (x - z).abs().max() <= allowed, f"{op}: {(x - z).abs().max():.2e} > {allowed:.2e}"
+        assert not len(z) or (x - z).abs().max() <= allowed, f"{what}: {(x - z).abs().max():.2e} > {allowed:.2e}"
+
+
+@pytest.fixture
+def check(served):
+    """check(op, *args): torch.ops.entangle_fast.<op> on every GPU backend that takes the call, Triton among them.
+
+    eps: rounding of a coarser dtype that limits the result.
+    """
+
+    def run(op, *args, eps=0.0):
+        gpu = moved(args, "cuda")
+        with plain_precision():
+            plain = getattr(reference, op)(*gpu)
+        want = getattr(reference, op)(*moved(args, "cpu", torch.float64))
+        floor = max([eps, *(torch.finfo(x.dtype).eps / 16 for x in args if isinstance(x, torch.Tensor) and x.is_floating_point())])
+        for backend in ("triton", "cuda"):
+            with served(backend) as remember:
+                if (found := dispatch._choose(op, gpu)).backend is None:
+                    assert backend == "cuda", str(found)
+                    continue
+                got, again = (getattr(torch.ops.entangle_fast, op)(*gpu) for _ in range(2))
+                remember(op)
+            compare(f"{op} on {backend}", got, again, plain, want, floor)
+
+    return run
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("shape", FACTORS)
-def test_linear(shape, dtype):
+def test_linear(check, shape, dtype):
     n, t, d_in, d_out = shape
     a, b = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
     a2, b2 = torch.randn(3, t, d_in).to(dtype), torch.randn(3, t, d_out).to(dtype)
@@ -71,7 +85,7 @@ def test_linear(shape, dtype):
     ((3, 4, 9), (3, 6, 5), [3], [1], [0], [2], 2),
     ((2, 2, 3, 5, 4), (2, 2, 3, 5, 4), [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 1),
 ])  # fmt: skip
-def test_convolutions(case, dtype):
+def test_convolutions(check, case, dtype):
     x, g, shape = torch.randn(case[0]).to(dtype), torch.randn(case[1]).to(dtype), case[2:]
     for route in ("pairs", "tiles"):
         check("gram_conv", x, g, *shape, None, None, route)
@@ -82,7 +96,7 @@ def test_convolutions(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_lookups(dtype):
+def test_lookups(check, dtype):
     ids, b = torch.randint(0, 9, (5, 151)), torch.randn(5, 151, 40).to(dtype)
     for padding_idx in (-1, 2):
         check("gram_embedding", ids, b, None, None, padding_idx)
@@ -94,7 +108,7 @@ def test_lookups(dtype):
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])
 @pytest.mark.parametrize("options", [(math.inf, 0.0, -100, 0.0, "mean"), (3.5, 0.3, -100, 0.1, "sum")])
 @pytest.mark.parametrize("shape", [(129, 10), (4, 7, 2049), (1, 1), (2, 3, 50257)])
-def test_losses(shape, options, dtype):
+def test_losses(check, shape, options, dtype):
     x, target = (torch.randn(shape) * 3).to(dtype), torch.randint(0, shape[-1], shape[:-1])
     if len(shape) == 3:
         target[0, 0], target[-1] = -100, -100
@@ -106,7 +120,7 @@ def test_losses(shape, options, dtype):
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (129, 129), (2, 151), (100000, 70001)])
-def test_distances(n, m):
+def test_distances(check, n, m):
     x, y = torch.randn(n), torch.randn(m) + 1
     check("w2_sorted", x, y)
     check("w2_moments", x, y)
@@ -114,8 +128,28 @@ def test_distances(n, m):
         check("w2_features", torch.randn(n, 20), torch.randn(m, 20), eps=1e-6)
 
 
+@pytest.mark.parametrize("dtype", LOW)
+def test_rows_of_all_layers(served, dtype):
+    """One launch, split over layers or not; the same bits every time."""
+    from entangle_fast.kernels import gram
+
+    for n, m in ((1, 1), (129, 151), (700, 40)):
+        widths = [(33, 5), (64, 64), (1, 151), (256, 128)] * 3
+        left, right = ([(torch.randn(k, d).to(dtype).cuda(), torch.randn(k, e).to(dtype).cuda()) for d, e in widths] for k in (n, m))
+        for others in (None, right):
+            calls = [(*p, *q) for p, q in zip(left, others or left)]
+            got, again = (gram.gram_rows_grouped(left, others) for _ in range(2))
+            with plain_precision():
+                plain = sum(reference.gram(*c, route="rows").float() for c in calls)
+            want = sum(reference.gram(*moved(c, "cpu", torch.float64), route="rows") for c in calls)
+            compare("gram_rows_grouped", got, again, plain, want, torch.finfo(torch.float32).eps)
+            assert others is not None or torch.equal(got, got.T)
+    with served("triton") as remember:
+        remember("gram")
+
+
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])
-def test_step(dtype):
+def test_step(backend, served, dtype):
     shapes = [(5, 7), (129,), (4099,), (1,), (0,), (512, 512)]
 
     def tensors(kind=dtype):
@@ -141,3 +175,5 @@ def test_step(dtype):
     ef.ops.step_lookahead_undo(params, grads, residue, 0.1)
     for x, y in zip(params, before):
         assert torch.equal(x.reshape(-1, 1).view(torch.uint8), y.reshape(-1, 1).view(torch.uint8))
+    with served(backend) as remember:
+        remember("step_gram", "step_update", "step_lookahead", "step_lookahead_undo")

@@ -123,6 +123,8 @@ def workloads() -> dict:
             x, g = conv(dtype)
             w = torch.zeros(2, 16)
             gram.gram(*rows, route="rows")
+            gram.gram_rows_grouped([(x[:, 0], y[:, 0]) for x, y in (few, few)])
+            gram.gram(*rows, *rows, route="rows")
             gram.gram(*few, route="pairs")
             gram.gram(*many, route="tiles")
             gram.gram(*many, *many, route="tiles")
@@ -202,7 +204,7 @@ def unique(launches):
 
 def label(launch) -> str:
     kernel, bound, _ = launch
-    flags = [k for k in ("TABLED", "MATCH", "SYMMETRIC", "GAUSSIAN", "NOISE", "WRITE", "MEAN") if bound.get(k)]
+    flags = [k for k in ("TABLED", "MATCH", "SYMMETRIC", "SPLIT", "GAUSSIAN", "NOISE", "WRITE", "MEAN") if bound.get(k)]
     pointers = {str(x.dtype).removeprefix("torch.") for x in bound.values() if hasattr(x, "data_ptr")}
     kind = str(bound.get("P") or bound.get("DTYPE") or "/".join(sorted(p for p in pointers if "float" in p)))
     return " ".join([kernel.fn.__module__.rsplit(".", 1)[-1] + kernel.fn.__name__, kind, *flags])

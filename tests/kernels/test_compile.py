@@ -69,6 +69,18 @@ def test_a_table_by_kernel_arguments_compiles():
     assert launches.compile_for("sm_90", found[0])[1]["spills"] == 0
 
 
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("n", [30, 1024])
+def test_rows_of_all_layers_are_one_launch(n, others):
+    import torch
+    from entangle_fast.kernels import gram
+
+    layers = [(torch.zeros(n, d), torch.zeros(n, 2 * d)) for d in (8, 24, 64, 5, 16)]
+    found = launches.record(lambda: gram.gram_rows_grouped(layers, layers if others else None))
+    assert [k.fn.__name__ for k, _, _ in found] == ["_rows"]
+    assert found[0][1]["SPLIT"] == (n == 30)  # split over layers where the tiles leave the device empty
+
+
 def test_warmup_launches_every_kernel():
     import inspect
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from entangle_fast.kernels import combine, gram, project, sqnorm, tiles
-from rule import agree, check
+from rule import agree, check, exact
 
 from entangle_fast import reference
 
@@ -87,6 +87,21 @@ def test_rows_of_all_layers_in_one_launch():
     pairs = [(*p, *q) for p, q in zip(layers, others)]
     want = sum(reference.gram(*[x.double() for x in p], route="rows") for p in pairs)
     agree(gram.gram_rows_grouped(layers, others), sum(reference.gram(*p, route="rows") for p in pairs), want)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 40])
+@pytest.mark.parametrize("n, m", [(9, None), (130, None), (300, None), (70, 140)])
+def test_rows_of_many_tiles_and_splits(n, m, multiprocessors, monkeypatch):
+    """As many splits as the device has room for; a symmetric result to the bit, the same in every run."""
+    monkeypatch.setattr(gram.launch, "processors", lambda x: multiprocessors)
+    layers = [factors(n, 1, d, e, torch.bfloat16) for d, e in ((33, 5), (64, 200), (1, 151), (16, 16))]
+    others = m and [factors(m, 1, a.shape[2], b.shape[2], torch.bfloat16) for a, b in layers]
+    sides = [[(a[:, 0], b[:, 0]) for a, b in side] for side in (layers, others or layers)]
+    calls = [(*p, *(q if m else (None, None))) for p, q in zip(*sides)]
+    got = gram.gram_rows_grouped(sides[0], sides[1] if m else None)
+    assert torch.equal(got, gram.gram_rows_grouped(sides[0], sides[1] if m else None)) and (m or torch.equal(got, got.T))
+    plain, want = (sum(reference.gram(*turn(list(c)), route="rows") for c in calls) for turn in (list, exact))
+    agree(got, plain, want)
 
 
 def test_a_symmetric_gram_is_symmetric_to_the_bit_and_the_same_every_time():
