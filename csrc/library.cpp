@@ -18,7 +18,9 @@ STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("sqnorm", TORCH_BOX(&ef::cpu::sqnorm));
   m.impl("sqnorm_conv", TORCH_BOX(&ef::cpu::sqnorm_conv));
   m.impl("step_gram", TORCH_BOX(&ef::cpu::step_gram));
+  m.impl("step_project", TORCH_BOX(&ef::cpu::step_project));
   m.impl("step_update", TORCH_BOX(&ef::cpu::step_update));
+  m.impl("step_adamw", TORCH_BOX(&ef::cpu::step_adamw));
   m.impl("step_lookahead", TORCH_BOX(&ef::cpu::step_lookahead));
   m.impl("step_lookahead_undo", TORCH_BOX(&ef::cpu::step_lookahead_undo));
   m.impl("sample_loss", TORCH_BOX(&ef::cpu::sample_loss));

@@ -41,7 +41,9 @@ CPP: dict[str, tuple[torch.dtype, ...]] = {
     "sqnorm": _FLOATS,
     "sqnorm_conv": _FLOATS,
     "step_gram": _FLOATS,
+    "step_project": _FLOATS,
     "step_update": _FLOATS,
+    "step_adamw": _FLOATS,
     "step_lookahead": _FLOATS,
     "step_lookahead_undo": _FLOATS,
     "sample_loss": _FLOATS,
@@ -53,7 +55,9 @@ CUDA: dict[str, tuple[torch.dtype, ...]] = {
     "gram": _LOW,
     "project_random": _LOW,
     "step_gram": (*_LOW, torch.float64),
+    "step_project": (*_LOW, torch.float64),
     "step_update": (*_LOW, torch.float64),
+    "step_adamw": (*_LOW, torch.float64),
     "step_lookahead": (*_LOW, torch.float64),
     "step_lookahead_undo": (*_LOW, torch.float64),
     "w2_sorted": _LOW,
@@ -104,9 +108,12 @@ def _schemas() -> list[str]:
     return [line.replace('\\"', '"') for line in found]
 
 
+_ROOMS = ("step_project", "step_adamw", "step_lookahead", "step", "gram", "sqnorm", "project", "combine", "sample_loss", "w2")
+
+
 def _kernel_module(op: str) -> str:
     """The file of an operation: its name without the variant (gram_conv → gram)."""
-    return next(room for room in ("step", "gram", "sqnorm", "project", "combine", "sample_loss", "w2") if room in op)
+    return next(room for room in _ROOMS if room in op)
 
 
 def _tensors(args) -> list[torch.Tensor]:
@@ -156,6 +163,8 @@ def _refuse_cuda(op: str, args) -> str | None:
         return "its kernels are for NVIDIA GPUs"
     if op == "gram" and args and args[-1] != "tiles":
         return f'its kernel takes the route "tiles", not "{args[-1]}"'
+    if op == "step_project" and args and (k := len(args[0]) // max(1, len(args[2]))) > 32:
+        return f"{k} directions; its solve takes up to 32"
     return None
 
 

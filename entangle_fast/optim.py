@@ -1,6 +1,7 @@
 """Optimiser steps over many tensors: projected momentum, decay and noise, look-ahead with an exact undo.
 
-Everything that a step decides stays on the device: the k×k solve too, so a step never makes the host wait.
+Everything that a step decides stays on the device, the k×k solve too: a step never makes the host wait, and with up to 32
+directions it can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import ops, weights
+from . import ops
 
 Tensors = Sequence[Tensor]
+
+
+def _cosine(gram: Tensor, k: int) -> dict[str, Tensor]:
+    """Of the first two directions, where there are two."""
+    return {"cosine": gram[0, 1] / (gram[0, 0] * gram[1, 1]).clamp(min=1e-300).sqrt()} if k >= 2 else {}
 
 
 class ProjectedMomentum:
@@ -27,7 +33,7 @@ class ProjectedMomentum:
         ridge: added to the k×k Gram, in its own units; the authors add 1e-8 once per parameter tensor.
         project: "momentum" (above, the authors'), or "gradient": v ← m v + (g − P_V g).
 
-    An Adam-type preconditioner after the projection would turn the update back into the span; there is none here.
+    An Adam-type preconditioner after the projection turns the update partly back into the span: see ProjectedAdamW.
     """
 
     def __init__(
@@ -49,25 +55,25 @@ class ProjectedMomentum:
         Returns 0-d tensors: cosine of the first two directions (k ≥ 2), norm of v, and removed, the share of ‖v‖
         that the projection took away.
         """
-        k = len(directions)
-        gram = ops.step_gram([*directions, self.buffers, grads])
-        inner = self.carried * gram[:k, k] + gram[:k, k + 1]  # <d_j, m v + g>
+        k, held = len(directions), self.buffers if self.carried else None
         if coef is None:
-            coef = weights.project_onto(gram[:k, :k], inner, ridge=self.ridge)
-        coef = coef.double()
+            gram, coef = ops.step_project(directions, held, grads, beta=self.carried, ridge=self.ridge)
+        else:
+            gram, coef = ops.step_gram([*directions, *([held] if held else []), grads]), coef.double()
         ops.step_update(
             self.params, self.buffers, grads, directions, coef, lr=self.lr, beta=self.momentum,
             weight_decay=self.weight_decay,
         )  # fmt: skip
-        total = self.carried**2 * gram[k, k] + 2 * self.carried * gram[k, k + 1] + gram[k + 1, k + 1]
+        inner, total = gram[:k, -1], gram[-1, -1]  # <d_j, w> and ‖w‖² of w = m v + g
+        if held:
+            inner = self.carried * gram[:k, k] + inner
+            total = self.carried**2 * gram[k, k] + 2 * self.carried * gram[k, -1] + total
         kept = total - 2 * coef @ inner + coef @ gram[:k, :k] @ coef
-        found = {
+        return {
             "step_norm": self.lr * kept.clamp(min=0).sqrt(),
             "removed": (1 - kept / total.clamp(min=1e-300)).clamp(0, 1).sqrt(),
+            **_cosine(gram, k),
         }
-        if k >= 2:
-            found["cosine"] = gram[0, 1] / (gram[0, 0] * gram[1, 1]).clamp(min=1e-300).sqrt()
-        return found
 
     def state(self) -> dict[str, Tensor]:
         return {f"momentum.{i}": v for i, v in enumerate(self.buffers)}
@@ -77,14 +83,86 @@ class ProjectedMomentum:
             v.copy_(state[f"momentum.{i}"])
 
 
+class ProjectedAdamW:
+    """AdamW whose gradient loses its part in the span of given directions before the moments see it [ours].
+
+        g' = g − P_V g ;  m ← β1 m + (1 − β1) g' ;  u ← β2 u + (1 − β2) g'² ;  θ ← (1 − lr·wd) θ − lr m̂ / (√û + eps) + noise ξ
+
+    This is ours, not the paper's: Adam divides each coordinate by its own √û, a preconditioner after the projection, which
+    turns the update partly back into the span; and m mixes gradients that were projected away from earlier spans. Neither
+    the update nor m is orthogonal to the directions, as ProjectedMomentum's v is. Without directions and noise this is
+    torch.optim.AdamW.
+
+    Args:
+        params: the parameters, changed in place; their moments are float32 (float64 for float64).
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        ridge: added to the k×k Gram, in its own units.
+        noise: standard deviation added to every parameter in each step; from Philox stream (seed, count of the step).
+
+    The count of steps stands on the device: a captured CUDA graph counts on when it is replayed, in the bias corrections
+    and in the noise.
+    """
+
+    def __init__(
+        self, params: Tensors, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, ridge: float = 0.0, noise: float = 0.0, seed: int = 0,
+    ):  # fmt: skip
+        self.params = list(params)
+        if not self.params:
+            raise ValueError("params: got no tensor; needs one at least")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.ridge, self.noise, self.seed = ridge, noise, seed
+        wide = [torch.promote_types(p.dtype, torch.float32) for p in self.params]
+        self.exp_avg = [torch.zeros_like(p, dtype=w, requires_grad=False) for p, w in zip(self.params, wide)]
+        self.exp_avg_sq = [torch.zeros_like(m) for m in self.exp_avg]
+        self.count = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
+
+    @torch.no_grad()
+    def step(self, grads: Tensors, directions: Sequence[Tensors] = (), coef: Tensor | None = None) -> dict[str, Tensor]:
+        """One step with gradient ``grads`` less its part in span(``directions``), over all parameters at once.
+
+        grads: tensors like params.  directions: k such lists.  coef: (k,) of P_V g where the caller has solved for it.
+        Returns, with directions and no coef given, 0-d tensors: cosine of the first two (k ≥ 2), and removed, the share
+        of ‖g‖ that the projection took away.
+        """
+        k, found = len(directions), {}
+        if coef is None and k:
+            gram, coef = ops.step_project(directions, None, grads, ridge=self.ridge)
+            kept = gram[k, k] - 2 * coef @ gram[:k, k] + coef @ gram[:k, :k] @ coef
+            found = {"removed": (1 - kept / gram[k, k].clamp(min=1e-300)).clamp(0, 1).sqrt(), **_cosine(gram, k)}
+        elif coef is None:
+            coef = torch.zeros(0, dtype=torch.float64, device=self.count.device)
+        self.count += 1
+        ops.step_adamw(
+            self.params, self.exp_avg, self.exp_avg_sq, grads, directions, coef, self.count, lr=self.lr, betas=self.betas,
+            eps=self.eps, weight_decay=self.weight_decay, noise=self.noise, seed=self.seed, counter=self.count,
+        )  # fmt: skip
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        out = {"count": self.count}
+        for i, (m, u) in enumerate(zip(self.exp_avg, self.exp_avg_sq)):
+            out |= {f"exp_avg.{i}": m, f"exp_avg_sq.{i}": u}
+        return out
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, x in self.state().items():
+            x.copy_(state[name])
+
+
 @torch.no_grad()
 def decay_noise_step(
     params: Tensors, grads: Tensors, *, lr: float, weight_decay: float = 0.0, noise: float = 0.0, seed: int = 0,
-    offset: int = 0,
+    offset: int = 0, counter: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """θ ← (1 − lr·weight_decay) θ − lr g + noise ξ, ξ ~ N(0, 1) from Philox stream (seed, offset): one pass."""
+    """θ ← (1 − lr·weight_decay) θ − lr g + noise ξ, ξ ~ N(0, 1) from Philox stream (seed, offset + counter): one pass.
+
+    counter: 0-d int64 on the device; a captured CUDA graph that adds one to it draws fresh noise in every replay.
+    """
     none = torch.zeros(0, dtype=torch.float64, device=params[0].device)
-    ops.step_update(params, None, grads, [], none, lr=lr, weight_decay=weight_decay, noise=noise, seed=seed, offset=offset)
+    ops.step_update(
+        params, None, grads, [], none, lr=lr, weight_decay=weight_decay, noise=noise, seed=seed, offset=offset, counter=counter
+    )
 
 
 @contextlib.contextmanager

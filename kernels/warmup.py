@@ -6,7 +6,7 @@ CUDA graph capture, where neither a compilation nor a first pointer table belong
 
 import torch
 
-from . import combine, gram, project, sample_loss, sqnorm, step, tiles, tune, w2
+from . import combine, gram, project, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, tiles, tune, w2
 from .launch import precision
 
 
@@ -52,12 +52,16 @@ def _losses(dtype: torch.dtype, device) -> None:
 
 def _steps(dtype: torch.dtype, device) -> None:
     params = [torch.zeros(4096, dtype=dtype, device=device)]
-    momentum = [torch.zeros(4096, device=device)]
+    momentum = [torch.zeros(4096, dtype=torch.promote_types(dtype, torch.float32), device=device)]
+    count = torch.ones((), dtype=torch.int64, device=device)
     for k in (1, 2):
         step.step_gram(params * k, k)
+        for held in ([], params):
+            _, coef = step_project.step_project(params * k, held, params, 0.9, 0.0, 1e-15)
         for noise in (0.0, 0.1):
-            step.step_update(params, momentum, params, params * k, torch.zeros(k, device=device), 0.1, 0.9, 0.0, noise)
-    step.step_lookahead_undo(params, params, *step.step_lookahead(params, params, 0.1), 0.1)
+            step.step_update(params, momentum, params, params * k, coef, 0.1, 0.9, 0.0, noise)
+            step_adamw.step_adamw(params, momentum, momentum, params, params * k, coef, count, 0.1, noise=noise, counter=count)
+    step_lookahead.step_lookahead_undo(params, params, *step_lookahead.step_lookahead(params, params, 0.1), 0.1)
 
 
 def warmup(device: str | torch.device = "cuda", dtypes=(torch.bfloat16, torch.float32), sweep: bool = False) -> None:

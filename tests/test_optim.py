@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entangle_fast.optim import ProjectedMomentum, decay_noise_step, lookahead
+from entangle_fast.optim import ProjectedAdamW, ProjectedMomentum, decay_noise_step, lookahead
 from entangle_fast.reference import philox
 
 F64 = torch.float64
@@ -102,6 +102,72 @@ def test_project_is_named():
         ProjectedMomentum(tensors(0), lr=0.1, project="v")
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_adamw_without_directions_is_torch_s(dtype):
+    mine, theirs = tensors(0, dtype), tensors(0, dtype)
+    adamw = ProjectedAdamW(mine, lr=0.02, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3)
+    plain = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3)
+    for k in range(5):
+        grads = tensors(k + 1, dtype)
+        assert adamw.step(grads) == {}
+        for p, g in zip(theirs, grads):
+            p.grad = g
+        plain.step()
+        torch.testing.assert_close(flat(mine), flat(theirs), rtol=1e-12 if dtype == F64 else 1e-5, atol=1e-13 if dtype == F64 else 1e-6)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.5])
+def test_adamw_projects_the_gradient_first(ridge):
+    mine, theirs = tensors(0), tensors(0)
+    adamw = ProjectedAdamW(mine, lr=0.02, ridge=ridge)
+    plain = torch.optim.AdamW(theirs, lr=0.02)
+    for k in range(4):
+        g, a, b = (tensors(10 * k + i) for i in (1, 2, 3))
+        found = adamw.step(g, [a, b])
+        kept = flat(g) - span([a, b], ridge) @ flat(g)
+        for p, part in zip(theirs, kept.split([x.numel() for x in theirs])):
+            p.grad = part.view(p.shape)
+        plain.step()
+        torch.testing.assert_close(flat(mine), flat(theirs), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found["removed"].square(), 1 - (kept.norm() / flat(g).norm()).square(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found["cosine"], torch.nn.functional.cosine_similarity(flat(a), flat(b), dim=0))
+    moved = flat(tensors(0)) - flat(mine)
+    assert abs(moved @ flat(a)) > 1e-3 * moved.norm() * flat(a).norm()  # as its docstring says: not orthogonal
+
+
+def test_adamw_takes_a_given_coefficient_and_draws_by_its_count():
+    params, d, g = tensors(0), tensors(1), tensors(2)
+    theta = flat(params)
+    adamw = ProjectedAdamW(params, lr=0.0, noise=0.5, seed=7)
+    assert adamw.step(g, [d], coef=torch.tensor([0.25])) == {}
+    torch.testing.assert_close(flat(adamw.exp_avg), 0.1 * (flat(g) - 0.25 * flat(d)))
+    torch.testing.assert_close(flat(params) - theta, 0.5 * philox.normal(23, 7, 1).double(), rtol=1e-6, atol=1e-6)
+    adamw.step(g)
+    both = philox.normal(23, 7, 1) + philox.normal(23, 7, 2)
+    torch.testing.assert_close(flat(params) - theta, 0.5 * both.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_adamw_state_continues_to_the_bit():
+    runs = []
+    for stop in (None, 2):
+        params = tensors(0, torch.bfloat16)
+        adamw = ProjectedAdamW(params, lr=0.1, noise=0.1)
+        for k in range(4):
+            if k == stop:
+                state = {name: v.clone() for name, v in adamw.state().items()}
+                adamw = ProjectedAdamW(params, lr=0.1, noise=0.1)
+                adamw.load(state)
+            adamw.step(tensors(3 * k + 1, torch.bfloat16), [tensors(3 * k + 2, torch.bfloat16)])
+        assert adamw.exp_avg[0].dtype == torch.float32 and int(adamw.count) == 4
+        runs.append(flat(params))
+    assert torch.equal(*runs)
+
+
+def test_adamw_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="params: got no tensor"):
+        ProjectedAdamW([])
+
+
 class NoHostSync(TorchDispatchMode):
     """Refuses what reads a value on the host: .item(), float(), bool(), nonzero."""
 
@@ -115,12 +181,14 @@ class NoHostSync(TorchDispatchMode):
 def test_a_step_never_makes_the_host_wait(project, monkeypatch):
     monkeypatch.setenv("ENTANGLE_FAST_BACKEND", "reference")
     params = tensors(0, torch.float32)
-    sgd = ProjectedMomentum(params, lr=0.1, project=project)
+    sgd, adamw = ProjectedMomentum(params, lr=0.1, project=project), ProjectedAdamW(params, noise=0.1)
     g, a, b = (tensors(i, torch.float32) for i in (1, 2, 3))
     with NoHostSync():
         sgd.step(g, [a, b])
         sgd.step(g, [a])
-        decay_noise_step(params, g, lr=0.1, weight_decay=0.1, noise=0.1)
+        decay_noise_step(params, g, lr=0.1, weight_decay=0.1, noise=0.1, counter=adamw.count)
+        adamw.step(g, [a, b])
+        adamw.step(g)
         with pytest.raises(AssertionError, match="makes the host wait"):
             float(params[0].sum())
 

@@ -12,6 +12,7 @@ namespace ef::cpu {
 #endif
 EF_DECLARE(ContractTables, contract)
 EF_DECLARE(Loops, loops)
+EF_DECLARE(Steps, steps)
 
 namespace {
 
@@ -44,5 +45,6 @@ int level() {
 
 const ContractTables& contract() { return EF_CHOOSE(contract); }
 const Loops& loops() { return EF_CHOOSE(loops); }
+const Steps& steps() { return EF_CHOOSE(steps); }
 
 }  // namespace ef::cpu

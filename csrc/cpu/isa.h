@@ -3,11 +3,13 @@
 
 #include "isa/contract.h"
 #include "isa/loops.h"
+#include "isa/step.h"
 
 namespace ef::cpu {
 
 const ContractTables& contract();
 const Loops& loops();
+const Steps& steps();
 
 template <class T> const Contract<T>& contract_of();
 template <> inline const Contract<float>& contract_of<float>() { return contract().f32; }

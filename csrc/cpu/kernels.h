@@ -28,7 +28,12 @@ Tensor sqnorm_conv(const Tensor& x, const Tensor& g, std::vector<int64_t> kernel
 Tensor step_gram(std::vector<Tensor> tensors, int64_t k);
 void step_update(std::vector<Tensor> params, std::vector<Tensor> momentum, std::vector<Tensor> grads,
                  std::vector<Tensor> directions, const Tensor& coef, double lr, double beta, double weight_decay, double noise,
-                 int64_t seed, int64_t offset);
+                 int64_t seed, int64_t offset, std::optional<Tensor> counter);
+std::tuple<Tensor, Tensor> step_project(std::vector<Tensor> directions, std::vector<Tensor> momentum, std::vector<Tensor> grads,
+                                        double beta, double ridge, double rcond);
+void step_adamw(std::vector<Tensor> params, std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq, std::vector<Tensor> grads,
+                std::vector<Tensor> directions, const Tensor& coef, const Tensor& step, double lr, double beta1, double beta2,
+                double eps, double weight_decay, double noise, int64_t seed, int64_t offset, std::optional<Tensor> counter);
 std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha);
 void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> ulps, const Tensor& index,
                          const Tensor& value, double alpha);

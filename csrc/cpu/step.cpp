@@ -5,116 +5,23 @@
 //   update      read theta, v, g, k directions; write theta, v   4(5 + k) bytes    2(k + 3) FLOPs
 //   lookahead   read theta, g; write theta and one byte          13 bytes;         the undo is the same
 // Limit: copy bandwidth (with noise: Philox and Box-Muller, about 60 instructions a vector of normals).
-#include <cstring>
-
-#include "common.h"
 #include "kernels.h"
+#include "step.h"
 
 namespace ef::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1 << 15;   // elements: few enough to balance threads, a multiple of 4 for Philox
-constexpr int64_t kStage = 2048;      // elements that are converted or drawn at a time
-
-struct Block {
-  int64_t tensor, begin, count, global;  // global: position in the parameters laid end to end
-};
-
-std::vector<Block> blocks(const std::vector<Tensor>& tensors) {
-  std::vector<Block> out;
-  int64_t global = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t size = tensors[i].numel();
-    for (int64_t at = 0; at < size; at += kBlock) out.push_back({(int64_t)i, at, std::min(kBlock, size - at), global + at});
-    global += size;
-  }
-  return out;
-}
-
-// a contiguous stand-in; put back by finish() where it is a copy
-struct Dense {
-  Tensor original, now;
-  bool copied;
-  explicit Dense(const Tensor& x) : original(x), now(torch::stable::contiguous(x)), copied(now.data_ptr() != x.data_ptr()) {}
-  void finish() {
-    if (copied) torch::stable::copy_(original, now);
-  }
-};
-
-std::vector<Dense> dense_all(const std::vector<Tensor>& xs) { return {xs.begin(), xs.end()}; }
-
-std::vector<Tensor> same(const std::vector<Tensor>& xs, ScalarType dtype) {
-  std::vector<Tensor> out;
-  for (const Tensor& x : xs) out.push_back(dense(x, dtype));
-  return out;
-}
-
-template <class T> const Elements<T>& elements();
-template <> const Elements<float>& elements() { return loops().f32; }
-template <> const Elements<double>& elements() { return loops().f64; }
-template <> const Elements<uint16_t>& elements() { return loops().bf16; }
-
-template <class A> const Step<A>& step();
-template <> const Step<float>& step() { return loops().step32; }
-template <> const Step<double>& step() { return loops().step64; }
-
-void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "step: ", what); }
-
-// `count` elements of x from `at` as the compute type: where they stand, or converted into `stage`
-template <class A> const A* staged(const Tensor& x, int64_t at, int64_t count, A* stage) {
-  const A* in_place = nullptr;
-  by_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (std::is_same_v<T, A>) {
-      in_place = data<T>(x) + at;
-    } else if constexpr (std::is_same_v<typename Rows<T>::A, A>) {
-      elements<T>().read(data<T>(x) + at, stage, count);
-    } else {
-      for (int64_t e = 0; e < count; ++e) stage[e] = (A)data<T>(x)[at + e];
-    }
-  });
-  return in_place ? in_place : stage;
-}
-
-template <class A> void unstage(const A* stage, const Tensor& x, int64_t at, int64_t count) {
-  by_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (std::is_same_v<T, A>) {
-      if (data<T>(x) + at != stage) std::memcpy(data<T>(x) + at, stage, count * sizeof(A));
-    } else if constexpr (std::is_same_v<typename Rows<T>::A, A>) {
-      elements<T>().write(stage, data<T>(x) + at, count);
-    } else {
-      for (int64_t e = 0; e < count; ++e) data<T>(x)[at + e] = (T)stage[e];
-    }
-  });
-}
-
 template <class A>
-void update(const std::vector<Block>& work, std::vector<Dense>& params, std::vector<Dense>& momentum,
-            const std::vector<Tensor>& grads, const std::vector<Tensor>& directions, const A* coef, int64_t k,
-            const Update& u) {
-  const int64_t p = params.size();
-  torch::stable::parallel_for(0, work.size(), 1, [&](int64_t first, int64_t last) {
-    std::vector<A> stage((3 + k) * kStage);
-    std::vector<const A*> d(k);
-    float xi[kStage];
-    for (int64_t q = first; q < last; ++q) {
-      const Block& b = work[q];
-      // a block of plain tensors in one piece; converted or noisy ones by stages
-      for (int64_t at = 0, count; at < b.count; at += count) {
-        const int64_t begin = b.begin + at, lead = (b.global + at) % 4;  // noise starts at a whole Philox block
-        count = std::min(kStage - lead, b.count - at);
-        A* room = stage.data();
-        A* theta = const_cast<A*>(staged<A>(params[b.tensor].now, begin, count, room));
-        A* v = momentum.empty() ? nullptr : const_cast<A*>(staged<A>(momentum[b.tensor].now, begin, count, room + kStage));
-        const A* g = staged<A>(grads[b.tensor], begin, count, room + 2 * kStage);
-        for (int64_t j = 0; j < k; ++j) d[j] = staged<A>(directions[j * p + b.tensor], begin, count, room + (3 + j) * kStage);
-        if (u.noise != 0) loops().normal(xi, count + lead, b.global + at - lead, u.seed, u.offset);
-        step<A>().update(count, theta, v, g, d.data(), coef, k, u, u.noise != 0 ? xi + lead : nullptr);
-        unstage<A>(theta, params[b.tensor].now, begin, count);
-        if (v) unstage<A>(v, momentum[b.tensor].now, begin, count);
-      }
-    }
+void update(const std::vector<Block>& work, std::vector<Dense>& params, std::vector<Dense>& momentum, const std::vector<Tensor>& grads,
+            const std::vector<Tensor>& directions, const A* coef, int64_t k, const Update& u, const Noise& noise) {
+  for_stretches<A>(work, 3 + k, noise, [&](const Stretch<A>& s) {
+    const int64_t i = s.tensor;
+    A* theta = held(params[i].now, s, 0);
+    A* v = momentum.empty() ? nullptr : held(momentum[i].now, s, 1);
+    const A* g = staged<A>(grads[i], s.begin, s.count, s.room + 2 * kStage);
+    step<A>().update(s.count, theta, v, g, directions_of(directions, params.size(), k, s, 3), coef, k, u, s.xi);
+    unstage<A>(theta, params[i].now, s.begin, s.count);
+    if (v) unstage<A>(v, momentum[i].now, s.begin, s.count);
   });
 }
 
@@ -123,8 +30,11 @@ void update(const std::vector<Block>& work, std::vector<Dense>& params, std::vec
 Tensor step_gram(std::vector<Tensor> tensors, int64_t k) {
   check(k > 0 && !tensors.empty() && tensors.size() % k == 0, "step_gram needs k lists of the same tensors");
   const int64_t p = tensors.size() / k;
-  const ScalarType type = tensors[0].scalar_type();
-  const std::vector<Tensor> xs = same(tensors, type);
+  ScalarType type = tensors[0].scalar_type();
+  for (const Tensor& x : tensors)
+    if (x.scalar_type() != type) type = any_double(tensors) ? ScalarType::Double : ScalarType::Float;
+  std::vector<Tensor> xs;
+  for (const Tensor& x : tensors) xs.push_back(dense(x, type));
   for (int64_t j = 0; j < k; ++j)
     for (int64_t i = 0; i < p; ++i) check(xs[j * p + i].numel() == xs[i].numel(), "directions differ in size");
   const std::vector<Block> work = blocks({xs.begin(), xs.begin() + p});
@@ -153,27 +63,22 @@ Tensor step_gram(std::vector<Tensor> tensors, int64_t k) {
 
 void step_update(std::vector<Tensor> params, std::vector<Tensor> momentum, std::vector<Tensor> grads,
                  std::vector<Tensor> directions, const Tensor& coef, double lr, double beta, double weight_decay, double noise,
-                 int64_t seed, int64_t offset) {
+                 int64_t seed, int64_t offset, std::optional<Tensor> counter) {
   const size_t p = params.size();
   const int64_t k = coef.numel();
   check(grads.size() == p && (momentum.empty() || momentum.size() == p) && directions.size() == k * p,
         "params, momentum, grads and directions differ in number");
+  check_sizes(params, momentum, "params and momentum differ in size");
+  check_sizes(params, grads, "params and grads differ in size");
+  check_sizes(params, directions, "a direction differs in size");
   if (p == 0) return;
-  bool wide = false;
-  for (size_t i = 0; i < p; ++i) {
-    check(grads[i].numel() == params[i].numel() && (momentum.empty() || momentum[i].numel() == params[i].numel()),
-          "params, momentum and grads differ in size");
-    for (int64_t j = 0; j < k; ++j) check(directions[j * p + i].numel() == params[i].numel(), "a direction differs in size");
-    wide |= params[i].scalar_type() == ScalarType::Double;
-  }
   std::vector<Dense> theta = dense_all(params), v = dense_all(momentum);
-  std::vector<Tensor> g, d;
-  for (const Tensor& x : grads) g.push_back(torch::stable::contiguous(x));
-  for (const Tensor& x : directions) d.push_back(torch::stable::contiguous(x));
+  const std::vector<Tensor> g = contiguous_all(grads), d = contiguous_all(directions);
   const std::vector<Block> work = blocks(params);
-  const Update u{lr, beta, 1 - lr * weight_decay, noise, (uint64_t)seed, (uint64_t)offset};
-  if (wide) update<double>(work, theta, v, g, d, data<double>(dense(coef, ScalarType::Double)), k, u);
-  else update<float>(work, theta, v, g, d, data<float>(dense(coef, ScalarType::Float)), k, u);
+  const Update u{lr, beta, 1 - lr * weight_decay, noise};
+  const Noise draw = noise_of(noise, seed, offset, counter);
+  if (any_double(params)) update<double>(work, theta, v, g, d, data<double>(dense(coef, ScalarType::Double)), k, u, draw);
+  else update<float>(work, theta, v, g, d, data<float>(dense(coef, ScalarType::Float)), k, u, draw);
   for (Dense& x : theta) x.finish();
   for (Dense& x : v) x.finish();
 }

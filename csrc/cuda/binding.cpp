@@ -96,7 +96,9 @@ EF_IMPLEMENT(EF_LIBRARY, EF_KEY, m) {
   m.impl("gram", TORCH_BOX(&ef::cuda::gram));
   m.impl("project_random", TORCH_BOX(&ef::cuda::project_random));
   m.impl("step_gram", TORCH_BOX(&ef::cuda::step_gram));
+  m.impl("step_project", TORCH_BOX(&ef::cuda::step_project));
   m.impl("step_update", TORCH_BOX(&ef::cuda::step_update));
+  m.impl("step_adamw", TORCH_BOX(&ef::cuda::step_adamw));
   m.impl("step_lookahead", TORCH_BOX(&ef::cuda::step_lookahead));
   m.impl("step_lookahead_undo", TORCH_BOX(&ef::cuda::step_lookahead_undo));
   m.impl("w2_sorted", TORCH_BOX(&ef::cuda::w2_sorted));

@@ -18,9 +18,25 @@ struct Table {
   int columns, programs;  // programs: blocks that share the chunks
 };
 
+constexpr int kMostDirections = 32;  // of step_project: its matrices stand in one block's shared memory
+
+struct StepProject {  // the solve after the Gram of k directions, momentum where there is one, and the gradient
+  double* coef;       // null: no solve
+  int k, momentum;
+  double beta, ridge, rcond;
+};
+
 struct StepUpdate {
   double lr, beta, keep, noise;  // keep = 1 - lr * weight_decay
   uint64_t seed, offset;
+  const int64_t* counter;  // on the device, added to offset; or null
+};
+
+struct StepAdamw {
+  double lr, beta1, beta2, log1, log2, eps, keep, noise;  // log1, log2: of the betas
+  uint64_t seed, offset;
+  const int64_t* counter;
+  const double* step;  // on the device: the count of this step
 };
 
 struct LossOptions {
@@ -39,11 +55,14 @@ int ef_cuda_fill(int64_t* out, const int64_t* values, int64_t count, void* strea
 // one value, waiting for the stream
 int ef_cuda_fetch(const int64_t* from, int64_t* to, void* stream);
 
-// out (k, k) double; partial (programs, k, k) double; counter: one zeroed cell. Columns: k directions.
-int ef_cuda_step_gram(ef::cuda::Table table, int type, int k, double* partial, unsigned* counter, double* out, void* stream);
+// out (k, k) double, added to where `add`; partial (programs, k, k) double; counter: one zeroed cell. Columns: k directions.
+int ef_cuda_step_gram(ef::cuda::Table table, int type, int k, double* partial, unsigned* counter, double* out, int add,
+                      ef::cuda::StepProject project, void* stream);
 // Columns: theta, gradient, momentum (0: none), k directions. read: type of gradients and directions. coef: k of the compute type.
 int ef_cuda_step_update(ef::cuda::Table table, int param, int momentum, int read, int k, const void* coef,
                         ef::cuda::StepUpdate update, void* stream);
+// Columns: theta, gradient, m, u (both of the compute type), k directions.
+int ef_cuda_step_adamw(ef::cuda::Table table, int param, int read, int k, const void* coef, ef::cuda::StepAdamw adamw, void* stream);
 // Columns: theta, gradient, ulps. found (programs): far elements of each block; places (programs + 1): their running sum, the
 // total last; counter: one zeroed cell.
 int ef_cuda_step_lookahead_count(ef::cuda::Table table, int type, double alpha, int64_t* found, int64_t* places,

@@ -31,4 +31,35 @@ EF_DEVICE bool aligned(Span<const int64_t> row) { return row[3] & 1; }
 // the index that row [3] holds: the tensor's place in the call
 EF_DEVICE int64_t index_of(Span<const int64_t> row) { return row[3] >> 1; }
 
+template <class T> EF_DEVICE T least(T a, T b) { return a < b ? a : b; }
+
+// w -= sum_j coef_j d_j for U vectors of N elements, `stride` apart; d0 and d1 hold the first two directions
+template <bool WHOLE, int U, int N, class X, class A>
+EF_DEVICE void subtract(A (&w)[U][N], Pack<N, X> (&d0)[U], Pack<N, X> (&d1)[U], Span<const int64_t> directions, int64_t e, int64_t stride,
+                        const int (&many)[U], Span<const A> coef, int k) {
+  for (int j = 0; j < k; j += 2) {
+    const A c0 = coef[j], c1 = j + 1 < k ? coef[j + 1] : A(0);
+    if (j > 0) {
+      const Span<const X> next = pointer<const X>(directions[j]);
+#pragma unroll
+      for (int q = 0; q < U; ++q) {
+        read<WHOLE, N, X>(next, e + q * stride, many[q], d0[q]);
+        if (j + 1 < k) read<WHOLE, N, X>(pointer<const X>(directions[j + 1]), e + q * stride, many[q], d1[q]);
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < U; ++q)
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        w[q][i] -= c0 * (A)widen(d0[q][i]);
+        if (j + 1 < k) w[q][i] -= c1 * (A)widen(d1[q][i]);
+      }
+  }
+}
+
+// offset plus what stands on the device: a counter moves the noise on when a graph is replayed
+EF_DEVICE uint64_t moved_on(uint64_t offset, const int64_t* counter) {
+  return counter ? offset + (uint64_t)Span<const int64_t>(counter)[0] : offset;
+}
+
 }  // namespace ef::cuda

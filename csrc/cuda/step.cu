@@ -1,4 +1,4 @@
-// step: the Gram of k directions and the projected momentum step, one launch each for any number of tensors.
+// step: the Gram of k directions, with the k x k solve in its last block, and the projected momentum step.
 //
 // Blocks take equal stretches of the tensors' chunks; a thread loads everything its elements need, 16 bytes at a time,
 // before it computes. Tensors that are not 16-byte aligned, and the ends of all, go element by element.
@@ -8,11 +8,10 @@
 #include "multi.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
+#include "solve.cuh"
 
 namespace ef::cuda {
 namespace {
-
-template <class T> EF_DEVICE T least(T a, T b) { return a < b ? a : b; }
 
 // ---- gram --------------------------------------------------------------------------------------------------------
 
@@ -23,7 +22,7 @@ EF_DEVICE void group_pair(int groups, int at, int* p, int* q) {
 }
 
 template <class T, int KB> __global__ void __launch_bounds__(kThreads, 2)
-gram(Table table, int k, double* partial_, unsigned* counter, double* out_) {
+gram(Table table, int k, double* partial_, unsigned* counter, double* out_, bool add, StepProject project) {
   constexpr int N = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T);
   const Span<double> partial(partial_), out(out_);
   int p0, q0;
@@ -72,14 +71,22 @@ gram(Table table, int k, double* partial_, unsigned* counter, double* out_) {
     double total = 0;
     for (int64_t program = lane(); program < gridDim.x; program += 32) total += partial[(program * k + a) * k + b];
     total = warp_sum(total);
-    if (lane() == 0) out[a * k + b] = total, out[b * k + a] = total;
+    if (lane() == 0) {
+      if (add) total += out[a * k + b];
+      out[a * k + b] = total, out[b * k + a] = total;
+    }
   }
+  if (!project.coef) return;
+  __syncthreads();
+  solve(Span<const double>(out_), k, project);
 }
 
-template <class T, int KB> int launch_gram(Table table, int k, double* partial, unsigned* counter, double* out, void* stream) {
+template <class T, int KB>
+int launch_gram(Table table, int k, double* partial, unsigned* counter, double* out, bool add, const StepProject& project, void* stream) {
   const int groups = cdiv(k, KB), pairs = groups * (groups + 1) / 2;
   if (pairs == 1) EF_TRY(resident(gram<T, KB>, kThreads, &table.programs));
-  return launch(gram<T, KB>, dim3(table.programs, pairs), dim3(kThreads), 0, stream, table, k, partial, counter, out);
+  return launch(gram<T, KB>, dim3(table.programs, pairs), dim3(kThreads), project.coef ? solve_bytes(project.k) : 0, stream, table, k,
+                partial, counter, out, add, project);
 }
 
 // ---- update ------------------------------------------------------------------------------------------------------
@@ -121,24 +128,7 @@ EF_DEVICE void update_vectors(const Lists<P, M, X>& t, int64_t e, int64_t stride
   for (int q = 0; q < U; ++q)
 #pragma unroll
     for (int i = 0; i < N; ++i) w[q][i] = (t.v ? (A)u.beta * (A)widen(v[q][i]) : A(0)) + (A)widen(g[q][i]);
-  for (int j = 0; j < k; j += 2) {
-    const A c0 = coef[j], c1 = j + 1 < k ? coef[j + 1] : A(0);
-    if (j > 0) {
-      const Span<const X> next = pointer<const X>(t.directions[j]);
-#pragma unroll
-      for (int q = 0; q < U; ++q) {
-        read<WHOLE, N, X>(next, e + q * stride, many[q], d0[q]);
-        if (j + 1 < k) read<WHOLE, N, X>(pointer<const X>(t.directions[j + 1]), e + q * stride, many[q], d1[q]);
-      }
-    }
-#pragma unroll
-    for (int q = 0; q < U; ++q)
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        w[q][i] -= c0 * (A)widen(d0[q][i]);
-        if (j + 1 < k) w[q][i] -= c1 * (A)widen(d1[q][i]);
-      }
-  }
+  subtract<WHOLE, U, N, X, A>(w, d0, d1, t.directions, e, stride, many, coef, k);
 #pragma unroll
   for (int q = 0; q < U; ++q) {
     const int64_t at = e + q * stride;
@@ -161,6 +151,7 @@ template <class P, class M, class X, bool NOISE> __global__ void __launch_bounds
 update(Table table, int k, const Acc<P>* coef_, StepUpdate u) {
   constexpr int N = sizeof(P) == 2 ? 8 : 4, U = sizeof(P) == 4 ? 2 : 1;
   const Span<const Acc<P>> coef(coef_);
+  if constexpr (NOISE) u.offset = moved_on(u.offset, u.counter);
   for_chunks(table, [&](Span<const int64_t> row, int64_t first, int64_t size) {
     const Lists<P, M, X> t{pointer<P>(row[kHead]), pointer<const X>(row[kHead + 1]), pointer<M>(row[kHead + 2]),
                            k > 0 ? pointer<const X>(row[kHead + 3]) : Span<const X>(nullptr),
@@ -198,10 +189,13 @@ template <class T> int low_update(Table table, int momentum, int read, int k, co
 
 using namespace ef::cuda;
 
-EF_LAUNCHER ef_cuda_step_gram(Table table, int type, int k, double* partial, unsigned* counter, double* out, void* stream) {
+EF_LAUNCHER ef_cuda_step_gram(Table table, int type, int k, double* partial, unsigned* counter, double* out, int add,
+                              StepProject project, void* stream) {
+  if (project.coef && project.k > kMostDirections) return kBadArgument;
   return by_type(type, [&](auto zero) {
     using T = decltype(zero);
-    return k <= 2 ? launch_gram<T, 2>(table, k, partial, counter, out, stream) : launch_gram<T, 3>(table, k, partial, counter, out, stream);
+    const auto run = k <= 2 ? launch_gram<T, 2> : launch_gram<T, 3>;
+    return run(table, k, partial, counter, out, add != 0, project, stream);
   });
 }
 

@@ -6,7 +6,7 @@ from .gram import gram, gram_conv, gram_embedding
 from .project import project, project_conv, project_embedding, project_random
 from .sample_loss import linear_sample_loss, sample_loss
 from .sqnorm import sqnorm, sqnorm_conv, sqnorm_embedding
-from .step import step_gram, step_lookahead, step_lookahead_undo, step_update
+from .step import step_adamw, step_gram, step_lookahead, step_lookahead_undo, step_project, step_update
 from .w2 import w2_features, w2_moments, w2_sorted
 
 __all__ = [
@@ -15,6 +15,6 @@ __all__ = [
     "linear_sample_loss", "sample_loss",
     "project", "project_conv", "project_embedding", "project_random",
     "sqnorm", "sqnorm_conv", "sqnorm_embedding",
-    "step_gram", "step_lookahead", "step_lookahead_undo", "step_update",
+    "step_adamw", "step_gram", "step_lookahead", "step_lookahead_undo", "step_project", "step_update",
     "w2_features", "w2_moments", "w2_sorted",
 ]  # fmt: skip

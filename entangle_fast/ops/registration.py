@@ -33,6 +33,12 @@ def _fake_w2(x, y):
     return x.new_empty((), dtype=_dtype(x)), x.new_empty(x.shape, dtype=_dtype(x))
 
 
+def _fake_project(directions, momentum, grads, *_):
+    k = len(directions) // len(grads)
+    lists = k + (2 if momentum else 1)
+    return grads[0].new_empty((lists, lists), dtype=torch.float64), grads[0].new_empty(k, dtype=torch.float64)
+
+
 def _fake_lookahead(params, grads, alpha):
     count = torch.library.get_ctx().new_dynamic_size()
     ulps = [torch.empty_like(p, dtype=torch.int8) for p in params]
@@ -69,7 +75,9 @@ FAKES = {
     "w2_moments": _fake_w2,
     "w2_features": _fake_w2,
     "step_gram": lambda tensors, k: tensors[0].new_empty((k, k), dtype=torch.float64),
+    "step_project": _fake_project,
     "step_update": lambda *_: None,
+    "step_adamw": lambda *_: None,
     "step_lookahead": _fake_lookahead,
     "step_lookahead_undo": lambda *_: None,
 }

@@ -15,7 +15,7 @@ from .sample_loss import (
     sample_loss_backward,
 )
 from .sqnorm import sqnorm, sqnorm_conv, sqnorm_embedding
-from .step import step_gram, step_lookahead, step_lookahead_undo, step_update
+from .step import step_adamw, step_gram, step_lookahead, step_lookahead_undo, step_project, step_update
 from .w2 import w2_features, w2_moments, w2_sorted
 
 __all__ = [
@@ -25,6 +25,6 @@ __all__ = [
     "project", "project_conv", "project_embedding", "project_random",
     "sample_loss", "sample_loss_backward",
     "sqnorm", "sqnorm_conv", "sqnorm_embedding",
-    "step_gram", "step_lookahead", "step_lookahead_undo", "step_update",
+    "step_adamw", "step_gram", "step_lookahead", "step_lookahead_undo", "step_project", "step_update",
     "w2_features", "w2_moments", "w2_sorted",
 ]  # fmt: skip

@@ -14,10 +14,10 @@ from torch import Tensor
 _M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
-def _blocks(first: int, count: int, seed: int, offset: int, device) -> list[Tensor]:
+def _blocks(first: int, count: int, seed: int, offset: int | Tensor, device) -> list[Tensor]:
     index = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    high = (offset >> 32) & _MASK
-    c = [index & _MASK, (index >> 32) & _MASK, torch.full_like(index, offset & _MASK), torch.full_like(index, high)]
+    zero = torch.zeros_like(index)
+    c = [index & _MASK, (index >> 32) & _MASK, zero + (offset & _MASK), zero + ((offset >> 32) & _MASK)]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c[0] * _M0, c[2] * _M1  # wraps modulo 2^64, which is what is wanted
@@ -34,8 +34,11 @@ def words(numel: int, seed: int, offset: int = 0, start: int = 0, device=None) -
     return flat[start - 4 * first :][:numel]
 
 
-def normal(numel: int, seed: int, offset: int = 0, start: int = 0, device=None) -> Tensor:
-    """Standard normal float32 (numel,) by Box–Muller on word pairs (0, 1) and (2, 3) of each block."""
+def normal(numel: int, seed: int, offset: int | Tensor = 0, start: int = 0, device=None) -> Tensor:
+    """Standard normal float32 (numel,) by Box–Muller on word pairs (0, 1) and (2, 3) of each block.
+
+    offset: a 0-d int64 tensor too, which the host never reads.
+    """
     first = start // 4
     count = (start + numel + 3) // 4 - first
     u = [((w >> 8).float() + 0.5) * 2.0**-24 for w in _blocks(first, count, seed, offset, device)]

@@ -1,4 +1,4 @@
-"""One pass over all parameters: Gram of directions, projected momentum step, look-ahead and its exact undo."""
+"""One pass over all parameters: Gram and projection, projected momentum and AdamW steps, look-ahead and its exact undo."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import philox
+from .solve import least_norm
 
 
 def step_gram(tensors: list[Tensor], k: int) -> Tensor:
@@ -21,29 +22,83 @@ def step_gram(tensors: list[Tensor], k: int) -> Tensor:
     return out
 
 
+def step_project(
+    directions: list[Tensor], momentum: list[Tensor], grads: list[Tensor], beta: float, ridge: float, rcond: float
+) -> tuple[Tensor, Tensor]:
+    """coef (k,) float64 with Σ_k coef_k d_k = P_V (β v + g), and the Gram it was solved from, in one reading.
+
+    directions: k·p tensors, direction-major; momentum: p tensors, or none (then the projected vector is g); grads: p.
+    Gram (k + 2, k + 2) float64 of the directions, v and g, in this order; (k + 1, k + 1) without v.
+    coef: (K + ridge·I) coef = β <d, v> + <d, g>, solved as solve.least_norm does.
+    """
+    k = len(directions) // len(grads)
+    gram = step_gram([*directions, *momentum, *grads], k + (2 if momentum else 1))
+    inner = gram[:k, -1]
+    if momentum:
+        inner = beta * gram[:k, k] + inner
+    return gram, least_norm(gram[:k, :k], inner, ridge, rcond)
+
+
+def _projected(i: int, p: int, x: Tensor, directions: list[Tensor], coef: Tensor) -> Tensor:
+    for j in range(len(coef)):
+        x = x - coef[j].to(x.dtype) * directions[j * p + i].to(x.dtype)
+    return x
+
+
+def _noise(theta: Tensor, start: int, scale: float, seed: int, offset: int, counter: Tensor | None) -> Tensor | float:
+    if not scale:
+        return 0.0
+    xi = philox.normal(theta.numel(), seed, offset if counter is None else offset + counter, start, theta.device)
+    return scale * xi.view(theta.shape).to(torch.promote_types(theta.dtype, torch.float32))
+
+
 def step_update(
     params: list[Tensor], momentum: list[Tensor], grads: list[Tensor], directions: list[Tensor], coef: Tensor,
     lr: float, beta: float = 0.0, weight_decay: float = 0.0, noise: float = 0.0, seed: int = 0, offset: int = 0,
+    counter: Tensor | None = None,
 ) -> None:  # fmt: skip
     """v ← β v + g − Σ_k coef_k d_k;  θ ← (1 − lr·weight_decay) θ − lr v + noise ξ,  ξ ~ N(0, 1), in place.
 
     params, grads: p tensors; momentum: p tensors, or none (then v lives only within the step);
     directions: k·p tensors, direction-major; coef (k,) on the parameters' device (no host sync).
-    ξ is Philox stream (seed, offset), element e of the p tensors laid end to end.
+    ξ is Philox stream (seed, offset + counter), element e of the p tensors laid end to end; counter: 0-d int64 on the
+    device, or None for 0.
     """
     start, p = 0, len(params)
     for i, (theta, g) in enumerate(zip(params, grads)):
         dtype = torch.promote_types(theta.dtype, torch.float32)
         v = g.to(dtype) if not momentum else momentum[i].to(dtype) * beta + g.to(dtype)
-        for j in range(len(coef)):
-            v = v - coef[j].to(dtype) * directions[j * p + i].to(dtype)
+        v = _projected(i, p, v, directions, coef)
         if momentum:
             momentum[i].copy_(v)
         new = theta.to(dtype) * (1 - lr * weight_decay) - lr * v
-        if noise:
-            xi = philox.normal(theta.numel(), seed, offset, start, theta.device)
-            new = new + noise * xi.view(theta.shape).to(dtype)
-        theta.copy_(new)
+        theta.copy_(new + _noise(theta, start, noise, seed, offset, counter))
+        start += theta.numel()
+
+
+def step_adamw(
+    params: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], grads: list[Tensor], directions: list[Tensor],
+    coef: Tensor, step: Tensor, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+    weight_decay: float = 0.0, noise: float = 0.0, seed: int = 0, offset: int = 0, counter: Tensor | None = None,
+) -> None:  # fmt: skip
+    """AdamW (Loshchilov and Hutter, ICLR 2019) on a projected gradient, with noise, in place.
+
+        g' = g − Σ_k coef_k d_k;  m ← β1 m + (1 − β1) g';  u ← β2 u + (1 − β2) g'²
+        θ ← (1 − lr·weight_decay) θ − lr m̂ / (√û + eps) + noise ξ,   m̂ = m / (1 − β1^step),  û = u / (1 − β2^step)
+
+    exp_avg, exp_avg_sq: m and u, float32 (float64 for float64 parameters); step: 0-d, the count of this step, from 1 on;
+    the rest as in step_update.
+    """
+    start, p = 0, len(params)
+    count = step.double()
+    size, root = lr / (1 - beta1**count), (1 - beta2**count).sqrt()
+    for i, (theta, g, m, u) in enumerate(zip(params, grads, exp_avg, exp_avg_sq)):
+        dtype = m.dtype
+        g = _projected(i, p, g.to(dtype), directions, coef)
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        u.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        new = theta.to(dtype) * (1 - lr * weight_decay) - size.to(dtype) * m / (u.sqrt() / root.to(dtype) + eps)
+        theta.copy_(new + _noise(theta, start, noise, seed, offset, counter))
         start += theta.numel()
 
 

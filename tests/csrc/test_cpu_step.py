@@ -43,6 +43,60 @@ def test_step_update(cpp, assert_as_good, dtype, k, momentum, noise):
             assert_as_good(ours, plain, truth)
 
 
+@pytest.mark.parametrize("k, case", [(0, ""), (1, ""), (2, ""), (5, ""), (40, ""), (4, "twice"), (4, "zero"), (4, "ridge"), (4, "short")])
+@pytest.mark.parametrize("held", [True, False])
+def test_step_project(cpp, dtype, held, k, case):
+    lists = [some(dtype) for _ in range(k + 1 + held)]
+    if case == "twice":
+        lists[2] = [x.clone() for x in lists[0]]
+    if case in ("zero", "short"):
+        lists[1] = [x * (0 if case == "zero" else 1e-4) for x in lists[1]]
+    flat = [x for xs in lists for x in xs]
+    p, ridge = len(SIZES), 3e4 if case == "ridge" else 0.0
+    args = (flat[: k * p], flat[k * p : -p], flat[-p:], 0.9, ridge, max(1, k) * 2.3e-16)
+    gram, coef = cpp.step_project(*args)
+    wanted, solved = reference.step_project(*args)
+    torch.testing.assert_close(gram, wanted, rtol=1e-12, atol=1e-9)
+    assert coef.isfinite().all()
+    torch.testing.assert_close(coef, solved, rtol=1e-9, atol=1e-9 * (1e4 if case == "short" else 1))
+
+
+@pytest.mark.parametrize("k, noise", [(0, 0.0), (1, 0.1), (2, 0.0), (2, 0.1), (5, 0.1)])
+def test_step_adamw(cpp, assert_as_good, dtype, k, noise):
+    wide = torch.promote_types(dtype, torch.float32)
+    params, grads, m, u = some(dtype), some(dtype), some(wide), [x.square() for x in some(wide)]
+    directions = [x for _ in range(k) for x in some(dtype)]
+    coef = torch.randn(k, dtype=wide)
+    rest = (torch.tensor(3), 0.1, 0.9, 0.99, 1e-8, 0.01, noise, 1234567, 5, torch.tensor(2))
+
+    def run(op, to):
+        mine = [[x.to(to if xs[0].dtype == dtype else torch.promote_types(to, torch.float32)).clone() for x in xs]
+                for xs in (params, m, u, grads, directions) if xs]  # fmt: skip
+        op(*mine[:4], mine[4] if k else [], coef.to(torch.promote_types(to, torch.float32)), *rest)
+        return mine[0] + mine[1] + mine[2]
+
+    for ours, plain, truth in zip(run(cpp.step_adamw, dtype), run(reference.step_adamw, dtype), run(reference.step_adamw, torch.float64)):
+        if noise and dtype == torch.float64:  # the draws are float32, by definition
+            torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6)
+        else:
+            assert_as_good(ours, plain, truth)
+
+
+def test_gram_of_mixed_dtypes_loses_nothing(cpp):
+    flat = [torch.randn(300).bfloat16(), torch.randn(300), torch.randn(300).double()]
+    torch.testing.assert_close(cpp.step_gram(flat, 3), reference.step_gram(flat, 3), rtol=1e-13, atol=1e-12)
+
+
+def test_the_counter_moves_the_noise(cpp):
+    def drawn(offset, counter):
+        theta, zero = [torch.zeros(5003)], [torch.zeros(5003)]
+        cpp.step_update(theta, [], zero, [], torch.zeros(0), 0.0, 0.0, 0.0, 1.0, 7, offset, counter)
+        return theta[0]
+
+    assert torch.equal(drawn(2**33, torch.tensor(5)), drawn(2**33 + 5, None))
+    assert not torch.equal(drawn(2**33, torch.tensor(6)), drawn(2**33 + 5, None))
+
+
 def test_noise_is_the_reference_stream(cpp):
     theta, zero = [torch.zeros(s) for s in (3, 100003, 8)], [torch.zeros(s) for s in (3, 100003, 8)]
     cpp.step_update(theta, [], zero, [], torch.zeros(0), 0.0, 0.0, 0.0, 1.0, 2**40 + 5, 2**33)
@@ -91,3 +145,7 @@ def test_arguments_are_checked(cpp):
         cpp.step_update(p, [], [torch.randn(4)], [], torch.zeros(0), 0.1)
     with pytest.raises(RuntimeError, match="step"):
         cpp.step_gram(p + [torch.randn(4)], 2)
+    with pytest.raises(RuntimeError, match="exp_avg differ in size"):
+        cpp.step_adamw(p, [torch.randn(4)], p, p, [], torch.zeros(0), torch.tensor(1), 0.1)
+    with pytest.raises(RuntimeError, match="step_project"):
+        cpp.step_project(p, p, [], 0.9, 0.0, 1e-15)

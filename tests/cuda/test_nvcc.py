@@ -63,12 +63,12 @@ def test_kernels_fit_without_spills(logs):
 
 
 # threads of a block × registers: two blocks a multiprocessor, or too few loads are in flight; float64 may take one
-BANDWIDTH = {"step": 128, "lookahead": 128, "sample_loss": 64, "w2": 64}
+BANDWIDTH = {"step": 128, "step_adamw": 128, "lookahead": 128, "sample_loss": 64, "w2": 64}
 
 
 def test_bandwidth_kernels_leave_room_for_two_blocks(logs):
     for source, name, target, _, registers, _ in kernels(logs):
-        wide = re.search(r"(updateIddd|(forward|backward)Id)", name)
+        wide = re.search(r"(updateIddd|adamwIdd|(forward|backward)Id)", name)
         if source in BANDWIDTH and not wide and not any(f in name for f in FOREIGN):
             assert registers <= BANDWIDTH[source], f"{name} on {target}: {registers} registers"
 
@@ -118,8 +118,9 @@ def machine_code(logs):
     return read
 
 
-def test_step_reads_sixteen_bytes_at_a_time(machine_code):
-    functions = {name: code for name, code in machine_code("step").items() if "update" in name}
+@pytest.mark.parametrize("source, kernel", [("step", "update"), ("step_adamw", "adamw")])
+def test_step_reads_sixteen_bytes_at_a_time(machine_code, source, kernel):
+    functions = {name: code for name, code in machine_code(source).items() if kernel in name}
     assert functions
     for name, code in functions.items():
         assert "LDG.E.EF.128" in code and "STG.E.EF.128" in code, name

@@ -68,6 +68,90 @@ def test_noise_is_the_stream_of_the_reference(cuda):
     torch.testing.assert_close(torch.cat(theta), reference.philox.normal(20014, 2**40 + 5, 2**33), rtol=2e-6, atol=2e-6)
 
 
+def test_gram_of_two_dtypes_is_their_sum(cuda):
+    flat = [torch.randn(9001), torch.randn(70).double(), torch.randn(300).half()]
+    torch.testing.assert_close(cuda.step_gram([*flat, *flat], 2), reference.step_gram([*flat, *flat], 2), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("case, k", [*(("", k) for k in (1, 2, 3, 8, 32)), ("singular", 6), ("short", 2), ("short", 4), ("ridge", 5)])
+@pytest.mark.parametrize("held", [True, False])
+def test_project(cuda, held, case, k):
+    sizes = [(3,), (5, 7), (4097,), (0,)]
+    lists = [some(torch.float32, sizes) for _ in range(k + 1 + held)]
+    if case == "singular":  # two in the span of others, one of nothing
+        lists[1], lists[3], lists[5] = [x.clone() for x in lists[0]], [x * 0 for x in lists[3]], [-2 * x for x in lists[2]]
+    if case == "short":  # the mean of a fitted set beside samples at a high loss
+        lists[1] = [x * 1e-5 for x in lists[1]]
+    p, flat = len(sizes), [x for xs in lists for x in xs]
+    args = (flat[: k * p], flat[k * p : -p], flat[-p:], 0.9, 2e4 if case == "ridge" else 0.0, k * 2.3e-16)
+    gram, coef = cuda.step_project(*args)
+    wanted, solved = reference.step_project(*args)
+    torch.testing.assert_close(gram, wanted, rtol=1e-12, atol=1e-9)
+    scale = gram.diagonal()[:k].sqrt()
+    torch.testing.assert_close(coef * scale, solved * scale, rtol=1e-9, atol=1e-9)
+    assert case != "singular" or torch.equal(coef == 0, torch.tensor([False, False, False, True, False, False]))
+
+
+def test_project_of_two_dtypes_of_none_and_of_nothing(cuda):
+    x, y = torch.randn(300), torch.randn(70).double()
+    args = ([x, y, x + 1, y - 1], [x + 2, 3 * y], [x - 3, y * y], 0.5, 0.0, 1e-15)  # the solve follows the last dtype's Gram
+    for got, want in zip(cuda.step_project(*args), reference.step_project(*args)):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    gram, coef = cuda.step_project([], [], [x], 0.0, 0.0, 1e-15)
+    assert gram.shape == (1, 1) and coef.shape == (0,)
+    for zero in (x * 0, x[:0]):
+        gram, coef = cuda.step_project([zero] * 3, [], [x[: len(zero)]], 0.0, 0.0, 1e-15)
+        assert torch.equal(coef, torch.zeros(3, dtype=torch.float64)) and gram.shape == (4, 4)
+    with pytest.raises(RuntimeError, match="more than 32 directions"):
+        cuda.step_project([x] * 33, [], [x], 0.0, 0.0, 1e-15)
+
+
+@pytest.mark.parametrize("k, noise", [(0, 0.0), (1, 0.1), (2, 0.0), (5, 0.1)])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_adamw(cuda, dtype, k, noise, aligned):
+    place = (lambda xs: xs) if aligned else misaligned
+    wide = torch.promote_types(dtype, torch.float32)
+    params, grads, m, u = some(dtype), some(dtype), some(wide), [x.square() for x in some(wide)]
+    directions, coef = [x for _ in range(k) for x in some(dtype)], torch.randn(k, dtype=wide)
+    step = torch.tensor(3, dtype=torch.int64 if aligned else torch.float64)
+    rest = (step, 0.1, 0.9, 0.0 if k == 1 else 0.99, 1e-8, 0.01, noise, 2**40 + 5, 2**33, torch.tensor(5))
+
+    def run(op, to):
+        up = torch.promote_types(to, torch.float32)
+        mine = [place([x.to(t).clone() for x in xs]) for t, xs in zip((to, up, up, to, to), (params, m, u, grads, directions))]
+        op(*mine, coef.to(up), *rest)
+        return mine[0] + mine[1] + mine[2]
+
+    runs = (run(op, to) for op, to in ((cuda.step_adamw, dtype), (reference.step_adamw, dtype), (reference.step_adamw, torch.float64)))
+    for ours, plain, truth in zip(*runs):
+        if noise and dtype == torch.float64:  # the draws are float32, by definition
+            torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6)
+        else:
+            assert_as_good(ours, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adamw_of_low_precision_parameters_with_wide_or_strided_gradients(cuda, dtype):
+    theta, m, u = [torch.randn(40, 30).to(dtype).t()], [torch.randn(30, 40)], [torch.rand(30, 40)]
+    grads, directions = [torch.randn(30, 40)], [torch.randn(30, 40).to(dtype)]
+    mine, plain = ([[x.clone() for x in xs] for xs in (theta, m, u)] for _ in range(2))
+    rest = (torch.tensor([0.3]), torch.tensor(1), 0.1)
+    cuda.step_adamw(*mine, grads, directions, *rest)
+    reference.step_adamw(*plain, grads, directions, *rest)
+    for ours, theirs in zip(sum(mine, []), sum(plain, [])):
+        torch.testing.assert_close(ours, theirs, rtol=torch.finfo(ours.dtype).eps * 2, atol=1e-5)
+
+
+def test_the_counter_moves_the_noise(cuda):
+    def drawn(offset, counter):
+        theta, zero = [torch.zeros(5003)], [torch.zeros(5003)]
+        cuda.step_update(theta, [], zero, [], torch.zeros(0), 0.0, 0.0, 0.0, 1.0, -7, offset, counter)
+        return theta[0]
+
+    assert torch.equal(drawn(2**33 - 2, torch.tensor(5)), drawn(2**33 + 3, None))
+    assert not torch.equal(drawn(2**33 - 2, torch.tensor(6)), drawn(2**33 + 3, None))
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 def test_lookahead_is_undone_to_the_bit(cuda, dtype, aligned):
     params, grads = some(dtype), some(dtype)
@@ -94,3 +178,7 @@ def test_bad_arguments_are_refused(cuda):
         cuda.step_gram(p + [torch.randn(4)], 2)
     with pytest.raises(RuntimeError, match="not float32"):
         cuda.step_gram([torch.arange(3)], 1)
+    with pytest.raises(RuntimeError, match="differ in size"):
+        cuda.step_adamw(p, [torch.randn(4)], p, p, [], torch.zeros(0), torch.tensor(1), 0.1)
+    with pytest.raises(RuntimeError, match="differ in number"):
+        cuda.step_project(p, p, [], 0.9, 0.0, 1e-15)

@@ -65,6 +65,12 @@ def _lookahead(cuda):
     return [*after, *ulps, index, value]
 
 
+def _adamw(cuda):
+    held = [_r(9001), _r(300)], [_r(9001), _r(300)], [_r(9001).abs(), _r(300).abs()]
+    cuda.step_adamw(*held, [_r(9001), _r(300)], [], torch.zeros(0), torch.tensor(3), 0.1)
+    return [x for xs in held for x in xs]
+
+
 BF16 = torch.bfloat16
 CASES = {
     "gram_mma": _launchers(lambda **o: gram(MMA, _r(10, 20, 24, dtype=BF16), _r(10, 20, 40, dtype=BF16), partials=1, **o)),
@@ -74,6 +80,10 @@ CASES = {
         lambda seed, **o: project_random(_r(10, 20, 24, dtype=BF16), _r(10, 20, 40, dtype=BF16), 9, 3, partials=1, seed_order=seed, **o)
     ),
     "step_gram": _operation(lambda cuda: cuda.step_gram([_r(9000), _r(70), _r(9000) + 1, _r(70) - 1], 2)),
+    "step_project": _operation(
+        lambda cuda: cuda.step_project([_r(900).roll(i) for i in range(5)], [_r(900).square()], [_r(900).cos()], 0.9, 0.0, 1e-15)
+    ),
+    "step_adamw": _operation(_adamw),
     "lookahead": _operation(_lookahead),
     "sample_loss": _operation(lambda cuda: cuda.sample_loss(_r(6, 1500), torch.arange(6) * 9, 5.0, 0.1, -100, 0.05, "mean")),
     "w2_sorted": _operation(lambda cuda: cuda.w2_sorted(_r(2500), _r(777))),
@@ -81,7 +91,8 @@ CASES = {
 OF = {  # the cases that can notice a site of this file; others: all
     "gram.cu": ["gram_mma", "gram_float"], "gradient_tile.cuh": ["gram_mma", "gram_float"], "gram_sm90.cuh": ["gram_wgmma"],
     "project.cu": ["project"], "lookahead.cu": ["lookahead"], "sample_loss.cu": ["sample_loss"], "w2.cu": ["w2_sorted"],
-    "step.cu": ["step_gram"], "reduce.cuh": ["step_gram", "w2_sorted", "sample_loss", "lookahead"],
+    "step.cu": ["step_gram", "step_project"], "solve.cuh": ["step_project"], "step_adamw.cu": ["step_adamw"],
+    "reduce.cuh": ["step_gram", "w2_sorted", "sample_loss", "lookahead"],
 }  # fmt: skip
 
 

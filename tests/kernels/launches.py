@@ -107,7 +107,7 @@ def _run(*command) -> str:
 def workloads() -> dict:
     """Name → calls that launch every kernel in the shapes that choose its main specialisation."""
     import torch
-    from entangle_fast.kernels import combine, gram, project, sample_loss, sqnorm, step, w2
+    from entangle_fast.kernels import combine, gram, project, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, w2
 
     def factors(n, t, d_in, d_out, dtype):
         return torch.zeros(n, t, d_in, dtype=dtype), torch.zeros(n, t, d_out, dtype=dtype)
@@ -172,15 +172,19 @@ def workloads() -> dict:
     def steps(dtype):
         def run():
             p = [torch.zeros(4096, dtype=dtype), torch.zeros(64, 64, dtype=dtype)]
-            m = [torch.zeros_like(x, dtype=torch.float32) for x in p]
+            m = [torch.zeros_like(x, dtype=torch.promote_types(dtype, torch.float32)) for x in p]
+            count = torch.ones((), dtype=torch.int64)
             for k in (2, 4):
                 step.step_gram(p * k, k)
-            for noise in (0.0, 0.1):
-                step.step_update(p, m, p, p * 2, torch.zeros(2), 0.1, 0.9, 0.01, noise)
-            step.step_lookahead_undo(p, p, *step.step_lookahead(p, p, 0.1), 0.1)
+            for k, ridge in ((2, 0.0), (8, 1e-8), (32, 0.0)):
+                step_project.step_project(p * k, p, p, 0.9, ridge, 1e-15)
+            for noise, counter in ((0.0, None), (0.1, None), (0.1, count)):
+                step.step_update(p, m, p, p * 2, torch.zeros(2), 0.1, 0.9, 0.01, noise, counter=counter)
+                step_adamw.step_adamw(p, m, m, p, p * 2, torch.zeros(2), count, 0.1, noise=noise, counter=counter)
+            step_lookahead.step_lookahead_undo(p, p, *step_lookahead.step_lookahead(p, p, 0.1), 0.1)
             index = torch.zeros(1, 2, dtype=torch.int64)
             ulps = [torch.zeros_like(x, dtype=torch.int8) for x in p]
-            step.step_lookahead_undo(p, p, ulps, index, torch.zeros(1, dtype=torch.float64), 0.1)
+            step_lookahead.step_lookahead_undo(p, p, ulps, index, torch.zeros(1, dtype=torch.float64), 0.1)
 
         return run
 
@@ -204,7 +208,7 @@ def unique(launches):
 
 def label(launch) -> str:
     kernel, bound, _ = launch
-    flags = [k for k in ("TABLED", "MATCH", "SYMMETRIC", "SPLIT", "GAUSSIAN", "NOISE", "WRITE", "MEAN") if bound.get(k)]
+    flags = [k for k in ("TABLED", "MATCH", "SYMMETRIC", "SPLIT", "GAUSSIAN", "NOISE", "COUNTED", "WRITE", "MEAN") if bound.get(k)]
     pointers = {str(x.dtype).removeprefix("torch.") for x in bound.values() if hasattr(x, "data_ptr")}
     kind = str(bound.get("P") or bound.get("DTYPE") or "/".join(sorted(p for p in pointers if "float" in p)))
     return " ".join([kernel.fn.__module__.rsplit(".", 1)[-1] + kernel.fn.__name__, kind, *flags])

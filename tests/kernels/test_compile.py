@@ -55,7 +55,7 @@ def test_default_configurations_compile_without_spills(recorded, workload, targe
 def test_contractions_load_sixteen_bytes_at_a_time(recorded):
     """The alignment hints of pointer tables and offset tables arrive: without them every load is of one element."""
     for launch in recorded("matrices-bf16") + recorded("steps-bf16"):
-        if launch[0].fn.__name__ in MATRIX | {"_update", "_lookahead"}:
+        if launch[0].fn.__name__ in MATRIX | {"_update", "_adamw", "_lookahead"}:
             ptx = launches.compile_for("sm_90", launch)[0].asm["ptx"]
             wide = "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
             assert wide, f"{launches.label(launch)}: loads of single elements"
@@ -85,11 +85,24 @@ def test_warmup_launches_every_kernel():
     import inspect
 
     import torch
-    from entangle_fast.kernels import combine, gram, project, sample_loss, sqnorm, step, tiles, w2, warmup
+    from entangle_fast.kernels import (
+        combine,
+        gram,
+        project,
+        sample_loss,
+        sqnorm,
+        step,
+        step_adamw,
+        step_lookahead,
+        step_project,
+        tiles,
+        w2,
+        warmup,
+    )
     from triton.runtime.jit import JITFunction
 
     launched = {k.fn for k, _, _ in launches.record(lambda: warmup.warmup("cpu", (torch.bfloat16,)))}
-    for module in (combine, gram, project, sample_loss, sqnorm, step, tiles, w2):
+    for module in (combine, gram, project, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, tiles, w2):
         for name, found in vars(module).items():
             if isinstance(found, JITFunction) and "program_id" in inspect.getsource(found.fn) and name != "_restore":
                 assert found.fn in launched, f"{module.__name__}.{name} is not warmed up"

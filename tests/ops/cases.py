@@ -26,6 +26,7 @@ def arguments(dtype=torch.float32, grad=False):
     ahead = [[p.clone() for p in lists[0]], lists[1], 0.1]
     residue = torch.ops.entangle_fast.step_lookahead(*ahead)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
+    moments = [[torch.full_like(p, x, dtype=acc) for p in lists[0]] for x in (0.1, 0.2)]
     return {
         "gram": (r(N, T, I), r(N, T, O), None, None, "tiles"),
         "gram_conv": (*conv(), *shape, None, None, "tiles"),
@@ -48,7 +49,9 @@ def arguments(dtype=torch.float32, grad=False):
         "w2_moments": (r(N), plain(r(7))),
         "w2_features": (r(N, 3), plain(r(7, 3))),
         "step_gram": ([*lists[0], *lists[1]], 2),
-        "step_update": (lists[0], lists[1], lists[2], lists[3], torch.ones(1), 0.1, 0.9, 0.01, 0.1, 3, 1),
+        "step_project": (lists[0] + lists[1], lists[2], lists[3], 0.9, 0.0, 1e-15),
+        "step_update": (lists[0], lists[1], lists[2], lists[3], torch.ones(1), 0.1, 0.9, 0.01, 0.1, 3, 1, torch.tensor(2)),
+        "step_adamw": (lists[0], *moments, lists[2], lists[3], torch.ones(1), torch.tensor(2), 0.1, 0.9, 0.999, 1e-8, 0.01, 0.1, 3, 1),
         "step_lookahead": (lists[0], lists[1], 0.1),
         "step_lookahead_undo": ([p.clone() for p in ahead[0]], lists[1], *residue, 0.1),
     }

@@ -9,6 +9,14 @@ from entangle_fast import ops
 
 r, ids = torch.randn, torch.zeros(4, 3, dtype=torch.int64)
 y = torch.zeros(4, dtype=torch.int64)
+
+
+def adamw(**changed):
+    given = {"grads": [r(2)], "exp_avg": [r(2)], "exp_avg_sq": [r(2)], "coef": r(0), "step": torch.tensor(1), **changed}
+    names = ("exp_avg", "exp_avg_sq", "grads")
+    ops.step_adamw([r(2)], *(given.pop(n) for n in names), [], given.pop("coef"), given.pop("step"), lr=0.1, **given)
+
+
 BAD = {
     "gram: one dimension": (lambda: ops.gram(r(4), r(4)), "a"),
     "gram: n": (lambda: ops.gram(r(4, 3), r(5, 2)), "b"),
@@ -69,6 +77,20 @@ BAD = {
     "step: momentum": (lambda: ops.step_update([r(2)], [r(3)], [r(2)], [], r(0), lr=1.0), "momentum[0]"),
     "step: coef": (lambda: ops.step_update([r(2)], None, [r(2)], [], r(1), lr=1.0), "coef"),
     "step: directions": (lambda: ops.step_gram([[r(2)], [r(3)]]), "directions[1]"),
+    "step: counter": (lambda: ops.step_update([r(2)], None, [r(2)], [], r(0), lr=1.0, counter=torch.ones(1)), "counter"),
+    "project: no grads": (lambda: ops.step_project([[]], None, []), "grads"),
+    "project: directions": (lambda: ops.step_project([[r(3)]], None, [r(2)]), "directions[0]"),
+    "project: momentum": (lambda: ops.step_project([], [r(3)], [r(2)]), "momentum[0]"),
+    "project: ridge": (lambda: ops.step_project([[r(2)]], None, [r(2)], ridge=-1.0), "ridge"),
+    "adamw: grads": (lambda: adamw(grads=[r(3)]), "grads[0]"),
+    "adamw: moments": (lambda: adamw(exp_avg=[]), "exp_avg"),
+    "adamw: moments' dtype": (lambda: adamw(exp_avg_sq=[r(2).double()]), "exp_avg_sq[0]"),
+    "adamw: coef": (lambda: adamw(coef=r(1)), "coef"),
+    "adamw: step": (lambda: adamw(step=torch.ones(1)), "step"),
+    "adamw: step's dtype": (lambda: adamw(step=torch.ones(())), "step"),
+    "adamw: counter": (lambda: adamw(counter=torch.ones((), dtype=torch.int64, device="meta")), "counter"),
+    "adamw: betas": (lambda: adamw(betas=(0.9, 1.0)), "betas"),
+    "adamw: eps": (lambda: adamw(eps=-1.0), "eps"),
     "lookahead: grads": (lambda: ops.step_lookahead([r(2)], [r(3)], 1.0), "grads[0]"),
 }
 

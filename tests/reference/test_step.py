@@ -1,9 +1,9 @@
-"""The step over many tensors: its formula, and a look-ahead that is undone to the last bit."""
+"""The step over many tensors: its formulas, and a look-ahead that is undone to the last bit."""
 
 import pytest
 import torch
 
-from entangle_fast import ops
+from entangle_fast import ops, weights
 from entangle_fast.reference import philox
 
 
@@ -30,6 +30,47 @@ def test_update_is_its_formula(generator, beta):
         torch.testing.assert_close(got, p)
     for got, m in zip(v, want_v) if beta else ():
         torch.testing.assert_close(got, m)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.7])
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 6])
+@pytest.mark.parametrize("held", [True, False])
+def test_projection_is_the_dense_one(generator, held, k, ridge):
+    lists = [tensors(generator) for _ in range(k + 2)]
+    if k > 3:
+        lists[3] = [2 * a - b for a, b in zip(lists[0], lists[1])]  # in the span of others
+    v, g = lists[k], lists[k + 1]
+    gram, coef = ops.step_project(lists[:k], v if held else None, g, beta=0.9, ridge=ridge)
+    every = torch.stack([torch.cat([x.flatten() for x in d]) for d in (*lists[:k], *([v] if held else []), g)])
+    moved = every[-1] + (0.9 * every[k] if held else 0)
+    d = every[:k]
+    torch.testing.assert_close(gram, every @ every.T)
+    if ridge:
+        want = d.T @ torch.linalg.solve(d @ d.T + ridge * torch.eye(k, dtype=d.dtype), d @ moved)
+    else:
+        want = d.T @ (torch.linalg.pinv(d.T, rtol=1e-7) @ moved) if k else torch.zeros_like(moved)
+    torch.testing.assert_close(d.T @ coef, want)
+    inner = gram[:k, -1] + (0.9 * gram[:k, k] if held else 0)
+    torch.testing.assert_close(coef, weights.project_onto(gram[:k, :k], inner, ridge=ridge))
+
+
+@pytest.mark.parametrize("step", [torch.int64, torch.float64])
+def test_adamw_is_its_formula(generator, step):
+    params, grads, d1, d2, m, u = (tensors(generator) for _ in range(6))
+    u = [x.square() for x in u]
+    coef = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    xi = philox.normal(18, 3, 8).double().split([12, 5, 1, 0])
+    want = []
+    for p, g, a, b, x, y, e in zip(params, grads, d1, d2, m, u, xi):
+        g = g - 0.5 * a + 2 * b
+        x, y = 0.8 * x + 0.2 * g, 0.95 * y + 0.05 * g * g
+        size = 0.1 * (x / (1 - 0.8**5)) / ((y / (1 - 0.95**5)).sqrt() + 1e-3)
+        want.append(((1 - 0.1 * 0.01) * p - size + 0.3 * e.view(p.shape), x, y))
+    ops.step_adamw(params, m, u, grads, [d1, d2], coef, torch.tensor(5, dtype=step), lr=0.1, betas=(0.8, 0.95), eps=1e-3,
+                   weight_decay=0.01, noise=0.3, seed=3, offset=1, counter=torch.tensor(7))  # fmt: skip
+    for got, expected in zip(zip(params, m, u), want):
+        for x, y in zip(got, expected):
+            torch.testing.assert_close(x, y)
 
 
 VALUES = [0.0, -0.0, 1.0, -1.0, 1e-3, 1e30, -1e30, 1e-42, -1e-45, 65504.0, 3e-5, 6e-8, 1.17e-38, 3e38]

@@ -1,4 +1,4 @@
-// Elementwise loops of step and sample_loss: one table per ISA. Types: float, double, uint16_t (bfloat16).
+// Elementwise loops of sample_loss, and of step's Gram and look-ahead: one table per ISA. Types: float, double, uint16_t (bfloat16).
 #pragma once
 
 #include <stdint.h>
@@ -6,17 +6,6 @@
 namespace ef::cpu {
 
 enum class Type : int { f32, f64, bf16 };
-
-struct Update {  // one stretch of step_update; all arrays of the compute type A
-  double lr, beta, keep, noise;  // keep = 1 - lr * weight_decay
-  uint64_t seed, offset;
-};
-
-template <class A> struct Step {
-  // v = beta v + g - sum_j coef_j d_j;  theta = keep theta - lr v + noise xi;  v may be null
-  void (*update)(int64_t count, A* theta, A* v, const A* g, const A* const* d, const A* coef, int64_t k, const Update&,
-                 const float* xi);
-};
 
 template <class T> struct Rows {
   using A = T;
@@ -42,13 +31,9 @@ template <class T> struct Elements {
 };
 
 struct Loops {
-  Step<float> step32;
-  Step<double> step64;
   Elements<float> f32;
   Elements<double> f64;
   Elements<uint16_t> bf16;
-  // standard normals, elements [start, start + count) of Philox stream (seed, offset); start % 4 == 0
-  void (*normal)(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset);
 };
 
 }  // namespace ef::cpu

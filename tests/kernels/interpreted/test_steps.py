@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from entangle_fast.kernels import philox, step, table
+from entangle_fast.kernels import philox, step, step_adamw, step_lookahead, step_project, table
 from rule import agree, exact
 
 from entangle_fast import reference
@@ -49,6 +49,67 @@ def test_update(k, held, noise, dtype):
     agree(*results, eps=torch.finfo(torch.float32).eps if noise else 0)  # the noise is float32 for every dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k, noise", [(0, 0.0), (2, 0.5), (5, 0.0)])
+def test_adamw(k, noise, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    params, grads, m, u = tensors(dtype), tensors(dtype), tensors(wide), [x.square() for x in tensors(wide)]
+    directions, coef = [x for _ in range(k) for x in tensors(dtype)], torch.randn(k, dtype=torch.float64)
+    # the interpreter takes numbers as float32: such that it holds
+    options = (torch.tensor(3), 0.125, 0.75, 0.0 if k == 5 else 63 / 64, 2**-20, 0.25, noise, 7, 2**33, torch.tensor(5))
+    results = []
+    for run, turn in ((step_adamw.step_adamw, copies), (reference.step_adamw, copies), (reference.step_adamw, exact)):
+        held = [turn(xs) for xs in (params, m, u)]
+        run(*held, turn(grads), turn(directions), coef, *options)
+        results.append([x for xs in held for x in xs])
+    agree(*results, eps=torch.finfo(torch.float32).eps if noise else 0)  # the noise is float32 for every dtype
+
+
+def test_the_counter_moves_the_noise():
+    def drawn(offset, counter):
+        theta, zero = [torch.zeros(5003)], [torch.zeros(5003)]
+        step.step_update(theta, [], zero, [], torch.zeros(0), 0.0, 0.0, 0.0, 1.0, -7, offset, counter)
+        return theta[0]
+
+    assert torch.equal(drawn(2**33 - 2, torch.tensor(5)), drawn(2**33 + 3, None))  # a carry into the high word
+    assert not torch.equal(drawn(2**33 - 2, torch.tensor(6)), drawn(2**33 + 3, None))
+
+
+def spanning(case, k, dtype):
+    lists = [tensors(dtype) for _ in range(k)]
+    if case == "singular":  # two in the span of others, one of nothing
+        lists[1], lists[3] = [x.clone() for x in lists[0]], [x * 0 for x in lists[3]]
+        lists[-1] = [-2 * x for x in lists[2]]
+    if case == "short":  # the mean of a fitted set beside samples at a high loss
+        lists[1] = [x * 1e-5 for x in lists[1]]
+    return [x for xs in lists for x in xs]
+
+
+@pytest.mark.parametrize("case, k", [*(("", k) for k in (1, 2, 3, 8, 32)), ("singular", 6), ("short", 2), ("short", 4), ("ridge", 5)])
+@pytest.mark.parametrize("held", [True, False])
+def test_project(held, case, k):
+    dtype = torch.float64 if case == "singular" else torch.float32
+    directions, momentum, grads = spanning(case, k, dtype), tensors(dtype) if held else [], tensors(dtype)
+    args = (directions, momentum, grads, 0.9, 2e4 if case == "ridge" else 0.0, k * 2.3e-16)
+    gram, coef = step_project.step_project(*args)
+    wanted, solved = reference.step_project(*args)
+    torch.testing.assert_close(gram, wanted, rtol=1e-13, atol=1e-10)
+    scale = gram.diagonal()[:k].sqrt()
+    torch.testing.assert_close(coef * scale, solved * scale, rtol=1e-9, atol=1e-9)
+    assert case != "singular" or torch.equal(coef == 0, torch.tensor([False, False, False, True, False, False]))
+
+
+def test_project_of_mixed_dtypes_and_of_nothing():
+    x = torch.randn(300)
+    args = ([x.bfloat16()], [x.double() + 1], [x + 2], 0.5, 0.0, 1e-15)
+    for got, want in zip(step_project.step_project(*args), reference.step_project(*args)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    gram, coef = step_project.step_project([], [], [x], 0.0, 0.0, 1e-15)
+    assert gram.shape == (1, 1) and coef.shape == (0,)
+    gram, coef = step_project.step_project([x * 0] * 3, [], [x], 0.0, 0.0, 1e-15)
+    assert torch.equal(coef, torch.zeros(3, dtype=torch.float64))
+
+
 def test_update_of_mixed_dtypes_and_strided_gradients():
     params = [torch.randn(8, 16).bfloat16(), torch.randn(33), torch.randn(16, 8).bfloat16()]
     grads = [torch.randn(16, 8).T, torch.randn(66)[::2], torch.randn(16, 8)]
@@ -65,7 +126,7 @@ def test_lookahead_is_undone_to_the_bit(dtype):
     params[0] *= 1e-4  # small weights under large steps: the plain undo is far off
     params[1][0], params[1][1] = 0.0, -0.0
     before, plain, wide = copies(params), copies(params), exact(params)
-    residue = step.step_lookahead(params, grads, 0.125)
+    residue = step_lookahead.step_lookahead(params, grads, 0.125)
     reference.step_lookahead(plain, grads, 0.125)
     reference.step_lookahead(wide, exact(grads), 0.125)
     agree(params, plain, wide)
@@ -74,7 +135,7 @@ def test_lookahead_is_undone_to_the_bit(dtype):
     if dtype != torch.float64:
         assert len(index) > 0
     assert index.tolist() == sorted(index.tolist())
-    step.step_lookahead_undo(params, grads, *residue, 0.125)
+    step_lookahead.step_lookahead_undo(params, grads, *residue, 0.125)
     for x, y in zip(params, before):
         assert torch.equal(x.reshape(-1, 1).view(torch.uint8), y.reshape(-1, 1).view(torch.uint8))
 
@@ -105,5 +166,13 @@ def test_philox_words_are_those_of_the_reference():
 def test_refusals_name_the_reason():
     x = torch.zeros(4, 6)
     assert "not contiguous" in step.refuse("step_update", [x.T], [], [x.T], [], torch.zeros(0), 0.1)
-    assert "two dtypes" in step.refuse("step_gram", [x, x.bfloat16()], 2)
+    assert "two dtypes" in step.refuse("step_update", [x], [], [x], [x, x.bfloat16()], torch.zeros(2), 0.1)
     assert "int32" in step.refuse("step_gram", [x.int()], 1)
+    assert step.refuse("step_gram", [x], 1) is None
+    assert "33 directions" in step_project.refuse("step_project", [x] * 33, [], [x], 0.9, 0.0, 1e-15)
+    assert "int64" in step_project.refuse("step_project", [x.long()], [], [x], 0.9, 0.0, 1e-15)
+    adamw = lambda m, p=x: ("step_adamw", [p], [m], [m], [p], [], torch.zeros(0), torch.tensor(1), 0.1)  # noqa: E731
+    assert "moments 0: torch.bfloat16" in step_adamw.refuse(*adamw(x.bfloat16(), x.bfloat16()))
+    assert "not contiguous" in step_adamw.refuse(*adamw(x.T, x.T))
+    assert step_adamw.refuse(*adamw(x)) is None
+    assert step_lookahead.refuse("step_lookahead_undo", [x], [x], [x.char()], x.long(), x.double(), 0.1) is None
