@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from .figures import FAINT, FLOOR, INK, MARKERS, METHOD_COLOURS, SPARE_COLOURS, _both, _figure, _place_labels, _title, style
+from .figures import FAINT, FLOOR, MARKERS, METHOD_COLOURS, SPARE_COLOURS, _both, _figure, _title, style
 from .report import REFERENCES
 
 COLOURS = (*SPARE_COLOURS, "#E69F00", "#56B4E9", "#D55E00")  # with a marker each: colours come round, pairs do not
 SHAPES = ("X", "p", "h", "<", ">", "d", "H", "8", "P")
+ROOT = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)  # an axis that has room near 0, where the methods are
 STEPS = (lambda x: np.log1p(np.maximum(x, -0.9)), np.expm1)  # a logarithmic axis that shows 0
 ON_DARK = {  # colours that a dark page needs lighter
     "#332288": "#A79BFF", "#000000": "#FFFFFF", "#555555": "#B5B5B5", "#117733": "#4CC277", "#882255": "#E07BB0",
@@ -93,8 +94,9 @@ def pareto(report: Mapping[str, Any]):
         ax.text(0.99, 0.02, "dashed: no method is better in both", transform=ax.transAxes, ha="right", color=FAINT, fontsize=8.5)
     low = max(0.0, 10 * math.floor((min(y for _, y in points.values()) - 6) / 10))
     ax.set_ylim(low, 104)
-    ax.set_xlim(-5, 124)  # room for names to the right of 100
-    ax.set_xticks(range(0, 101, 20))
+    ax.set_xscale("function", functions=ROOT)
+    ax.set_xticks((0, 1, 2, 5, 10, 20, 40, 60, 80, 100))
+    ax.set_xlim(0, 104)
     _draw(figure, ax, report, points, "forget", "adjacent")
     ax.set_xlabel("accuracy on the forget set, % (lower is better)")
     ax.set_ylabel("accuracy on the adjacent set, % (higher is better)")
@@ -116,10 +118,10 @@ def delay(report: Mapping[str, Any], attacker: str = "rcd_sgd"):
     ax.set_xscale("function", functions=STEPS)
     ticks = _ticks(limit)
     ax.set_xticks([*ticks, 1.5 * limit], [*map(str, ticks), f">{limit}"])
-    ax.set_xlim(-0.15, 4 * limit)
+    ax.set_xlim(-0.15, 2.2 * limit)
     low = max(0.0, 10 * math.floor((min(y for _, y in points.values()) - 6) / 10))
     ax.set_ylim(low, 104)
-    ax.axvspan(1.2 * limit, 4 * limit, color="#E6E6E6", alpha=0.5, linewidth=0, zorder=0)
+    ax.axvspan(1.2 * limit, 2.2 * limit, color="#E6E6E6", alpha=0.5, linewidth=0, zorder=0)
     _draw(figure, ax, report, points, attacker, None)
     ax.set_xlabel(f"steps of {attacker.removeprefix('rcd_').upper()} until the forget loss is back (higher is better)")
     ax.set_ylabel("mean of adjacent and remote accuracy, %")
@@ -131,29 +133,26 @@ def _ticks(limit: int) -> list[int]:
 
 
 def _panel(title: str):
-    figure = _figure(6.4, 5.2)
+    figure = _figure(6.4, 5.6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure, figure.subplots()
 
 
 def _draw(figure, ax, report: Mapping[str, Any], points: Mapping[str, tuple[float, float]], x: str, y: str | None) -> None:
-    """Marks, standard deviations and names; a name of a reference is grey."""
-    from matplotlib.patheffects import withStroke
-
+    """Marks and standard deviations; the names below, since a dozen methods may lie in one corner."""
     look = looks(report)
     for name, point in points.items():
         colour, marker = look[name]
         std = report["methods"][name].get("std") or {}
         spread = [std.get(key) if key else None for key in (x, y)]
         ax.errorbar(*point, xerr=spread[0], yerr=spread[1], color=colour, elinewidth=1, alpha=0.6, zorder=2)
-        ax.plot(*point, marker, color=colour, markersize=14 if name == "entangled" else 8.5, markeredgecolor="white",
-                markeredgewidth=0.8, zorder=4, clip_on=False)  # fmt: skip
-    figure.draw_without_rendering()  # labels are placed in points, once the axes have their size
-    for name, point, (dx, dy, align) in _place_labels(ax, points):
-        leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 5} if dy else None
-        ax.annotate(_title(name), point, xytext=(dx, dy), textcoords="offset points", ha=align, va="center", zorder=5,
-                    color=FAINT if name in REFERENCES else INK, fontweight="bold" if name == "entangled" else "normal",
-                    arrowprops=leader, path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
+        ax.plot(*point, marker=marker, color=colour, markersize=14 if name == "entangled" else 8.5, markeredgecolor="white",
+                markeredgewidth=0.8, zorder=4, clip_on=False, linestyle="none", label=_title(name))  # fmt: skip
+    _names(figure, len(points))
+
+
+def _names(figure, count: int) -> None:
+    figure.legend(loc="outside lower center", ncols=min(count, 4), handletextpad=0.5, columnspacing=1.4, markerscale=0.8)
 
 
 def relearning(report: Mapping[str, Any], attacker: str):
@@ -177,5 +176,5 @@ def relearning(report: Mapping[str, Any], attacker: str):
     ax.yaxis.set_minor_formatter(lambda value, _: "")
     ax.set_xlabel("relearning steps")
     ax.set_ylabel("loss on the forget samples, nats")
-    figure.legend(loc="outside lower center", ncols=min(len(curves), 4), handletextpad=0.5, columnspacing=1.4)
+    _names(figure, len(curves))
     return figure

@@ -268,7 +268,7 @@ def test_the_front():
     assert figures_compare.front(found) == ["a", "b", "d", "e"]
     with figures_compare.style():
         figure = figures_compare.pareto(found)
-        names = [t.get_text() for t in figure.axes[0].texts]
+        names = [t.get_text() for t in figure.legends[0].get_texts()]
     assert {"original", "a", "b", "c", "d", "e", "retrain"} <= set(names)
     looks = figures_compare.looks({"methods": methods.METHODS})
     assert len(set(looks.values())) == len(looks)
