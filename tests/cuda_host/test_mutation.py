@@ -129,6 +129,7 @@ def _in_child(work) -> bool:
     """work() in a child process: a crash or a hang of the mutant counts as noticed."""
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # the threads of the parent's pool are not in the child: it would wait for them
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)  # the header reports every failure on stderr
         code = 1
