@@ -1,9 +1,9 @@
 """Which backend serves a call, and why the others do not.
 
-Order on the CPU: cpp, reference. On CUDA and HIP: triton, reference; before triton comes cuda where dispatch_table.json,
-which bench/dispatch_table.py makes from committed measurements, says that it is faster. ENTANGLE_FAST_BACKEND names the
-backends that may be used, in order ("reference", "cpp", "cuda,triton,reference", …); a named one that cannot serve a call
-is an error.
+Order on the CPU: cpp, reference; the other way round where cpp was measured to be slower (_cpp_not_default). On CUDA and
+HIP: triton, reference; before triton comes cuda where dispatch_table.json, which bench/dispatch_table.py makes from committed
+measurements, says that it is faster. ENTANGLE_FAST_BACKEND names the backends that may be used, in order ("reference", "cpp",
+"cuda,triton,reference", …); a named one that cannot serve a call is an error.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def _refuse_cpp(op: str, args) -> str | None:
 
 
 def _cpp_not_default(op: str, args) -> str | None:
-    """Where t×t products of float32 positions are so small that packing them costs more than torch's bmm."""
+    """Where t×t products of float32 positions are so small that packing them costs more than torch's bmm; many directions."""
+    if op == "step_project" and (k := len(args[0]) // max(1, len(args[2]))) > 64:
+        return f"{k} directions: its Jacobi took 5 times LAPACK's time for 64, and the more the longer"
     if op != "sqnorm":
         return None
     a, b = args

@@ -19,7 +19,23 @@ Tensors = Sequence[Tensor]
 
 def _cosine(gram: Tensor, k: int) -> dict[str, Tensor]:
     """Of the first two directions, where there are two."""
-    return {"cosine": gram[0, 1] / (gram[0, 0] * gram[1, 1]).clamp(min=1e-300).sqrt()} if k >= 2 else {}
+    tiny = torch.finfo(gram.dtype).tiny
+    return {"cosine": gram[0, 1] / gram[0, 0].clamp(min=tiny).sqrt() / gram[1, 1].clamp(min=tiny).sqrt()} if k >= 2 else {}
+
+
+def _removed(kept: Tensor, total: Tensor) -> Tensor:
+    """The share of a length whose square was ``total`` and is ``kept``; 0 of nothing."""
+    return torch.where(total > 0, 1 - kept / total, 0).clamp(0, 1).sqrt()
+
+
+def _load(mine: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copy state into mine, or raise ValueError before anything is changed."""
+    for name in mine.keys() | state.keys():
+        got, needs = (tuple(s[name].shape) if name in s else None for s in (state, mine))
+        if got != needs:
+            raise ValueError(f"state: {name!r} has shape {got}; needs {needs}: give the state of an optimiser of the same parameters")
+    for name, x in mine.items():
+        x.copy_(state[name])
 
 
 class ProjectedMomentum:
@@ -52,8 +68,8 @@ class ProjectedMomentum:
         """One step with gradient ``grads``, away from span(``directions``), over all parameters at once.
 
         grads: tensors like params.  directions: k such lists.  coef: (k,) of P_V where the caller has solved for it.
-        Returns 0-d tensors: cosine of the first two directions (k ≥ 2), norm of v, and removed, the share of ‖v‖
-        that the projection took away.
+        Returns 0-d tensors: cosine of the first two directions (k ≥ 2), step_norm, lr·‖w − P_V w‖ of what was projected
+        (w = m v + g, or g), and removed, the share of ‖w‖ that the projection took away.
         """
         k, held = len(directions), self.buffers if self.carried else None
         if coef is None:
@@ -71,7 +87,7 @@ class ProjectedMomentum:
         kept = total - 2 * coef @ inner + coef @ gram[:k, :k] @ coef
         return {
             "step_norm": self.lr * kept.clamp(min=0).sqrt(),
-            "removed": (1 - kept / total.clamp(min=1e-300)).clamp(0, 1).sqrt(),
+            "removed": _removed(kept, total),
             **_cosine(gram, k),
         }
 
@@ -79,8 +95,7 @@ class ProjectedMomentum:
         return {f"momentum.{i}": v for i, v in enumerate(self.buffers)}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        for i, v in enumerate(self.buffers):
-            v.copy_(state[f"momentum.{i}"])
+        _load(self.state(), {name: state[name] for name in state if name.startswith("momentum.")})
 
 
 class ProjectedAdamW:
@@ -91,7 +106,7 @@ class ProjectedAdamW:
     This is ours, not the paper's: Adam divides each coordinate by its own √û, a preconditioner after the projection, which
     turns the update partly back into the span; and m mixes gradients that were projected away from earlier spans. Neither
     the update nor m is orthogonal to the directions, as ProjectedMomentum's v is. Without directions and noise this is
-    torch.optim.AdamW.
+    torch.optim.AdamW in float32 and float64; narrower parameters have float32 moments here.
 
     Args:
         params: the parameters, changed in place; their moments are float32 (float64 for float64).
@@ -129,14 +144,15 @@ class ProjectedAdamW:
         if coef is None and k:
             gram, coef = ops.step_project(directions, None, grads, ridge=self.ridge)
             kept = gram[k, k] - 2 * coef @ gram[:k, k] + coef @ gram[:k, :k] @ coef
-            found = {"removed": (1 - kept / gram[k, k].clamp(min=1e-300)).clamp(0, 1).sqrt(), **_cosine(gram, k)}
+            found = {"removed": _removed(kept, gram[k, k]), **_cosine(gram, k)}
         elif coef is None:
             coef = torch.zeros(0, dtype=torch.float64, device=self.count.device)
-        self.count += 1
+        count = self.count + 1
         ops.step_adamw(
-            self.params, self.exp_avg, self.exp_avg_sq, grads, directions, coef, self.count, lr=self.lr, betas=self.betas,
-            eps=self.eps, weight_decay=self.weight_decay, noise=self.noise, seed=self.seed, counter=self.count,
+            self.params, self.exp_avg, self.exp_avg_sq, grads, directions, coef, count, lr=self.lr, betas=self.betas,
+            eps=self.eps, weight_decay=self.weight_decay, noise=self.noise, seed=self.seed, counter=count,
         )  # fmt: skip
+        self.count.copy_(count)  # in place, for a replayed graph, and only once the step was taken
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -146,8 +162,7 @@ class ProjectedAdamW:
         return out
 
     def load(self, state: dict[str, Tensor]) -> None:
-        for name, x in self.state().items():
-            x.copy_(state[name])
+        _load(self.state(), state)
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ def step_update(
         )
         acc = torch.promote_types(dp, torch.float32)
         _update[(group.programs,)](
-            group.rows, coef, coef if counter is None else counter, *group.stretch(), lr, beta, 1 - lr * weight_decay,
+            group.rows, coef.contiguous(), coef if counter is None else counter, *group.stretch(), lr, beta, 1 - lr * weight_decay,
             noise, *philox.key(seed, offset),
             P=launch.TL[dp], M=launch.TL[dm or dp], G=launch.TL[dg], D=launch.TL[dd[0] if dd else dp],
             ACC=launch.TL[acc], K=k, MOMENTUM=dm is not None, NOISE=bool(noise), COUNTED=counter is not None,

@@ -80,7 +80,7 @@ def step_adamw(
     for ((dp, dg, acc, _, *dd), aligned), members in groups(columns, places if noise else None).items():
         group = Group([columns[i] for i in members], [places[i] for i in members], [0] * len(members), aligned, bool(noise))
         _adamw[(group.programs,)](
-            group.rows, coef, step, step if counter is None else counter, *group.stretch(), lr, beta1, beta2, _log(beta1),
+            group.rows, coef.contiguous(), step, step if counter is None else counter, *group.stretch(), lr, beta1, beta2, _log(beta1),
             _log(beta2), eps, 1 - lr * weight_decay, noise, *philox.key(seed, offset),
             P=launch.TL[dp], G=launch.TL[dg], D=launch.TL[dd[0] if dd else dp], ACC=launch.TL[acc], K=k, NOISE=bool(noise),
             COUNTED=counter is not None, ALIGNED=aligned, COLUMNS=group.columns, CHUNK=CHUNK,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from entangle_fast import ops
 from entangle_fast.optim import ProjectedAdamW, ProjectedMomentum, decay_noise_step, lookahead
 from entangle_fast.reference import philox
 
@@ -225,3 +226,46 @@ def test_lookahead_is_undone_after_an_error():
         assert not torch.equal(flat(params), before)
         raise RuntimeError("inside")
     assert torch.equal(flat(params), before)
+
+
+def test_a_refused_step_counts_no_step():
+    optimiser = ProjectedAdamW([torch.zeros(3)])
+    with pytest.raises(ValueError, match=r"grads\[0\]"):
+        optimiser.step([torch.zeros(4)])
+    assert optimiser.count == 0
+
+
+@pytest.mark.parametrize("make", [lambda p: ProjectedAdamW(p), lambda p: ProjectedMomentum(p, lr=0.1)])
+def test_a_state_that_does_not_fit_changes_nothing(make):
+    optimiser = make([torch.zeros(4, 3), torch.zeros(2)])
+    optimiser.step([torch.ones(4, 3), torch.ones(2)], [])
+    before = {k: v.clone() for k, v in optimiser.state().items()}
+    last = list(before)[-1]
+    for wrong in ({k: v for k, v in before.items() if k != last}, before | {last: torch.zeros(1)}):
+        with pytest.raises(ValueError, match="state: .* has shape"):
+            optimiser.load(wrong)
+    assert all(torch.equal(v, before[k]) for k, v in optimiser.state().items())
+
+
+def test_nothing_was_removed_of_nothing():
+    found = ProjectedMomentum([torch.zeros(3)], lr=0.1).step([torch.zeros(3)], [[torch.ones(3)]])
+    assert found["removed"] == 0
+
+
+def test_nearly_equal_directions_count_as_one():
+    torch.manual_seed(275)
+    a = torch.randn(8)
+    d, g = a * (1 + 2e-7 * torch.randn(8)), torch.randn(8)
+    optimiser = ProjectedMomentum([torch.zeros(8)], lr=1.0)
+    optimiser.step([g], [[a], [d]])
+    assert abs(torch.cosine_similarity(optimiser.buffers[0].double(), a.double(), 0)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_only_real_floats_are_stepped(dtype):
+    p = [torch.zeros(4)]
+    with pytest.raises(ValueError, match="floating-point"):
+        ops.step_update(p, None, [torch.ones(4, dtype=dtype)], [], torch.zeros(0), lr=1.0)
+    with pytest.raises(ValueError, match="floating-point"):
+        ops.step_gram([[torch.ones(4, dtype=dtype)]])
+    assert not p[0].any()

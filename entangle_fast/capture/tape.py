@@ -186,7 +186,9 @@ class Tape:
                     )
                 else:
                     # of the sum: seeds given to torch.autograd make it import sympy, 50 MB
-                    torch.autograd.backward(losses.sum(), inputs=[self.anchor])
+                    with torch.inference_mode(False), torch.enable_grad():
+                        total = losses.sum()
+                    torch.autograd.backward(total, inputs=[self.anchor])
             finally:
                 self.idle, self.anchor.grad = True, None
 

@@ -18,6 +18,8 @@ def _like(params: Tensors, name: str, tensors: Tensors) -> None:
     for i, (p, x) in enumerate(zip(params, tensors)):
         check.require(p.shape == x.shape and p.device == x.device,
                       f"{name}[{i}]: {tuple(x.shape)} on {x.device}; needs {tuple(p.shape)} on {p.device}")  # fmt: skip
+        for what, t in ((name, x), ("the tensor like which it shall be", p)):
+            check.require(t.is_floating_point(), f"{name}[{i}]: {what} is of {t.dtype}; needs a real floating-point dtype")
 
 
 def _flat(like: Tensors, directions: Sequence[Tensors]) -> list[Tensor]:
@@ -54,7 +56,8 @@ def step_project(
         directions: k lists of p tensors.  momentum: v, p tensors, or None for none.  grads: g, p tensors.
         ridge: (K + ridge·I) coef = <d, β v + g>, in the Gram's own units.
         rcond: without a ridge, as in weights.solve: eigenvalues of the unit-diagonal Gram below rcond·largest count as
-            zero, and of all solutions the one of least norm is found; default k·eps of float64.
+            zero, and of all solutions the one of least norm is found; in [0, 1), default k·eps of the directions' dtype,
+            float64 or float32: what they are subtracted in.
 
     Returns: the Gram, float64 (k + 2, k + 2) of the directions, v and g in this order ((k + 1, k + 1) without v), and
     coef (k,) float64. On a GPU up to 32 directions never make the host wait; more go through torch.linalg.
@@ -63,9 +66,12 @@ def step_project(
     check.require(ridge >= 0, f"ridge: got {ridge}; needs a number >= 0")
     if momentum is not None:
         _like(grads, "momentum", momentum)
+    flat = _flat(grads, directions)
     if rcond is None:
-        rcond = max(1, len(directions)) * torch.finfo(torch.float64).eps
-    return call("step_project", _flat(grads, directions), list(momentum or ()), list(grads), beta, ridge, rcond)
+        exact = flat and all(d.dtype == torch.float64 for d in flat)
+        rcond = max(1, len(directions)) * torch.finfo(torch.float64 if exact else torch.float32).eps
+    check.require(0 <= rcond < 1, f"rcond: got {rcond}; needs a number in [0, 1)")
+    return call("step_project", flat, list(momentum or ()), list(grads), beta, ridge, rcond)
 
 
 def step_update(
@@ -116,6 +122,7 @@ def step_adamw(
         wide = torch.promote_types(p.dtype, torch.float32)
         for name, x in (("exp_avg", m), ("exp_avg_sq", u)):
             check.require(x.dtype == wide, f"{name}[{i}]: {x.dtype} for a parameter of {p.dtype}; needs {wide}")
+    check.require(len(betas) == 2, f"betas: got {betas}; needs two numbers in [0, 1)")
     for b in betas:
         check.require(0 <= b < 1, f"betas: got {betas}; needs two numbers in [0, 1)")
     check.require(eps >= 0, f"eps: got {eps}; needs a number >= 0")

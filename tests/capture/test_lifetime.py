@@ -26,3 +26,14 @@ def test_factors_are_freed_with_the_tape(stream):
         assert run()() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_backward_where_gradients_are_off(off):
+    model, x = torch.nn.Linear(4, 1), torch.randn(3, 4)
+    with ef.capture(model) as tape:
+        losses = model(x).squeeze(1)
+    with off():
+        tape.backward(losses)
+        found = tape.gram()
+    torch.testing.assert_close(found, x @ x.T + 1)
