@@ -247,6 +247,12 @@ def test_a_state_that_does_not_fit_changes_nothing(make):
     assert all(torch.equal(v, before[k]) for k, v in optimiser.state().items())
 
 
+def test_a_direction_too_short_for_its_coefficient():
+    optimiser = ProjectedMomentum([torch.zeros(3)], lr=1.0)
+    optimiser.step([torch.ones(3)], [[torch.full((3,), 1e-39)]])
+    torch.testing.assert_close(optimiser.params[0], -torch.ones(3))
+
+
 def test_nothing_was_removed_of_nothing():
     found = ProjectedMomentum([torch.zeros(3)], lr=0.1).step([torch.zeros(3)], [[torch.ones(3)]])
     assert found["removed"] == 0

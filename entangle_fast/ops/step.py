@@ -11,6 +11,7 @@ from ..dispatch import call
 from . import check
 
 Tensors = Sequence[Tensor]
+_SHORTEST = 1e-30  # length of a direction
 
 
 def _like(params: Tensors, name: str, tensors: Tensors) -> None:
@@ -59,6 +60,9 @@ def step_project(
             zero, and of all solutions the one of least norm is found; in [0, 1), default k·eps of the directions' dtype,
             float64 or float32: what they are subtracted in.
 
+    The coefficient of a direction shorter than 1e-30 that is not float64 is set to zero, since float32 may not hold it:
+    what that direction shares with the momentum stays.
+
     Returns: the Gram, float64 (k + 2, k + 2) of the directions, v and g in this order ((k + 1, k + 1) without v), and
     coef (k,) float64. On a GPU up to 32 directions never make the host wait; more go through torch.linalg.
     """
@@ -67,11 +71,14 @@ def step_project(
     if momentum is not None:
         _like(grads, "momentum", momentum)
     flat = _flat(grads, directions)
+    exact = all(d.dtype == torch.float64 for d in flat)
     if rcond is None:
-        exact = flat and all(d.dtype == torch.float64 for d in flat)
         rcond = max(1, len(directions)) * torch.finfo(torch.float64 if exact else torch.float32).eps
     check.require(0 <= rcond < 1, f"rcond: got {rcond}; needs a number in [0, 1)")
-    return call("step_project", flat, list(momentum or ()), list(grads), beta, ridge, rcond)
+    gram, coef = call("step_project", flat, list(momentum or ()), list(grads), beta, ridge, rcond)
+    if not exact:  # else a saturated softmax's gradient of 1e-40 makes the parameters inf
+        coef = torch.where(gram.diagonal()[: len(coef)] > _SHORTEST**2, coef, 0)
+    return gram, coef
 
 
 def step_update(
