@@ -254,6 +254,8 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
     fn: a function of entangle_fast.ops. Raises ValueError if the call is itself invalid.
     """
     global _explaining
+    if not callable(fn):
+        raise TypeError(f"fn: got {fn!r}; give a function of entangle_fast.ops, as in ef.explain(ef.ops.gram, a, b)")
     _explaining = True
     try:
         fn(*args, **kwargs)

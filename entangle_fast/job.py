@@ -125,7 +125,7 @@ def unlearn(
         KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.
     """
     method = Entangled() if method is None else method
-    if not hasattr(method, "start"):
+    if isinstance(method, type) or not hasattr(method, "start"):
         got = repr(method) if isinstance(method, (str, type)) else type(method).__name__
         raise ValueError(f"method: got {got}; needs a dataclass of entangle_fast.methods, as in ef.Entangled(alpha=0.5)")
     if resume and out is None:
@@ -294,6 +294,8 @@ def _refuse_bad_parameters(model: nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: no trainable parameter; set requires_grad_(True) on those that shall be changed")
     for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(f"model: parameter {name!r} is on the meta device and has no values; load the weights first")
         if not torch.isfinite(p.detach()).all():
             raise ValueError(f"model: parameter {name!r} holds NaN or infinite values; load weights that are finite")
 

@@ -26,6 +26,8 @@ def test_explain_checks_the_call_first():
         ef.explain(ef.ops.gram, A, B[:2])
     with pytest.raises(TypeError, match="dispatches nothing"):
         ef.explain(lambda: None)
+    with pytest.raises(TypeError, match="fn: got 'gram'"):
+        ef.explain("gram", A, B)
     assert ef.ops.gram(A, B).shape == (3, 3)  # and leaves no trace
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from entangle_fast import job, report, storage
 from entangle_fast.job import CHECKPOINT, unlearn
-from entangle_fast.methods import Entangled, FineTune, GradientAscent
+from entangle_fast.methods import Entangled, FineTune, GradientAscent, Lookahead
 from entangle_fast.methods.process import NonFinite, Process
 
 SMALL = dict(remote_batch1=16, forget_batch1=8, adjacent_batch2=8, forget_batch2=8, remote_batch2=12)
@@ -502,3 +502,10 @@ def test_from_a_config_file_through_the_command_line(tmp_path):
     path.write_text(CONFIG.format(out=tmp_path / "run").replace("epochs1", "epoch1"))
     done = CliRunner().invoke(cli.app, ["unlearn", str(path)])
     assert done.exit_code == 2 and "method.epoch1: unknown key; did you mean 'epochs1'?" in done.stderr.replace("\n", " ")
+
+
+def test_a_class_and_a_model_without_values_are_refused():
+    with pytest.raises(ValueError, match="method: got .*Lookahead.*as in ef.Entangled"):
+        unlearn(net(), **sets(), method=Lookahead)
+    with pytest.raises(ValueError, match="meta device"):
+        unlearn(net().to("meta"), **sets(), progress=False)
