@@ -1,6 +1,6 @@
 """LUR's angle: are the forget and the retain gradients wider apart with the look-ahead than without, at equal retain loss?
 
-    python bench/lookahead_angle.py [--seeds 3] [--originals FOLDER] [--out bench/results/<device>/lookahead_angle.json]
+    python bench/lookahead_angle.py [--seeds 3] [--models FOLDER] [--out bench/results/<device>/lookahead_angle.json]
 
 The angle is that between ∇CE_f and ∇CE_r, mean gradients over the whole forget and the whole retain (adjacent and remote)
 training set, true labels, no augmentation, eval mode, all parameters at once (metrics.angle.gradient_angle). A run is
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
+from originals import original
 
 import entangle_fast as ef
 from entangle_fast import demo
@@ -31,20 +31,6 @@ from entangle_fast.storage import save_json
 
 FORGOTTEN = 20.0
 RUNS = ((0.0, 1), (0.01, 1), (0.01, 2), (0.1, 1))  # (α, order)
-
-
-def start_from(task, sets, seed, folder):
-    """The trained model of a seed, kept in ``folder`` if one is given."""
-    path = folder / f"orig{seed}.pt" if folder else None
-    if path and path.exists():
-        model = demo.model_for(task)
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    model, _ = demo.train_original(task, sets, seed)
-    if path:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-    return model
 
 
 def follow(model, sets, config, seed, every):
@@ -81,7 +67,7 @@ def main():
     parser.add_argument("--forget", default="Sneaker")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=30, help="steps between checkpoints")
-    parser.add_argument("--originals", type=Path, help="folder to keep the trained models in")
+    parser.add_argument("--models", type=Path, help="a comparison's folder of trained models")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     task = ef.tasks.fashion_mnist(forget=options.forget, full=False)
@@ -90,7 +76,7 @@ def main():
     for seed in range(options.seeds):
         plain = None
         for alpha, order in RUNS:
-            model = start_from(task, sets, seed, options.originals)
+            model = original(task, sets, seed, options.models)
             run = follow(model, sets, ef.Lookahead(alpha=alpha, order=order), seed, options.every)
             plain = run if alpha == 0 else plain
             rows.append({"seed": seed, "alpha": alpha, "order": order, **run, "widening": widening(run, plain) if alpha else []})

@@ -20,7 +20,6 @@ from torch import nn
 
 import entangle_fast as ef
 from entangle_fast import demo
-from entangle_fast.methods import pgu
 from entangle_fast.methods.data import Data
 from entangle_fast.methods.process import sample_cross_entropy
 from entangle_fast.report import machine_info
@@ -81,7 +80,7 @@ CASES = {
 
 def moved(process, before, found):
     """What a call changed, as one vector: spans, sums of squares or parameters."""
-    if isinstance(process, pgu._Pgu):
+    if hasattr(process, "bases"):
         return torch.cat([(m @ m.mT).flatten() for m in found.values()])
     if hasattr(process, "squares"):
         return torch.cat([z.flatten() for z in process.squares["forget"]])

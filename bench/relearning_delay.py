@@ -17,33 +17,27 @@ import itertools
 import statistics
 from pathlib import Path
 
+from originals import original
+
 import entangle_fast as ef
 from entangle_fast import demo
 from entangle_fast.metrics import relearn, sample_losses
 from entangle_fast.report import machine_info
-from entangle_fast.storage import load_tensors, save_json
+from entangle_fast.storage import save_json
 
 ASCENTS = list(itertools.product((1e-3, 2e-3, 5e-3), (0.06, 0.2, 0.4, 0.6, 0.8)))  # (lr, stop_at)
 ATTACKERS = ("sgd", "adam")
 
 
-def start_from(task, sets, seed, folder):
-    if folder is None:
-        return demo.train_original(task, sets, seed)[0]
-    model = demo.model_for(task)
-    model.load_state_dict(load_tensors(folder / f"original-{seed}.safetensors"))
-    return model.eval()
-
-
-def unlearned(original, sets, method, seed):
-    model = copy.deepcopy(original)
+def unlearned(start, sets, method, seed):
+    model = copy.deepcopy(start)
     result = ef.unlearn(model, **sets.train._asdict(), test=sets, method=method, seed=seed, augment=demo.AUGMENT, progress=False)
     return model, {k: result.row()[k] for k in ("forget", "adjacent", "remote")}
 
 
-def delays(model, original, sets, options):
+def delays(model, start, sets, options):
     """{attacker: median delay}; inf: not within the steps."""
-    return {a: relearn(model, original, sets.train.forget, attacker=a, steps=options.steps, seeds=options.attack_seeds,
+    return {a: relearn(model, start, sets.train.forget, attacker=a, steps=options.steps, seeds=options.attack_seeds,
                        progress=False).median for a in ATTACKERS}  # fmt: skip
 
 
@@ -61,18 +55,18 @@ def main():
     sets = task.split()
     rows = []
     for seed in range(options.seeds):
-        original = start_from(task, sets, seed, options.models)
+        start = original(task, sets, seed, options.models)
         found = {}
         for name, method in (("influence", ef.Influence()), ("finetune", ef.FineTune(epochs=2))):
-            model, row = unlearned(original, sets, method, seed)
-            found[name] = row | delays(model, original, sets, options)
+            model, row = unlearned(start, sets, method, seed)
+            found[name] = row | delays(model, start, sets, options)
         near = []
         for lr, stop_at in ASCENTS:
-            model, row = unlearned(original, sets, ef.GradientAscent(lr=lr, stop_at=stop_at), seed)
+            model, row = unlearned(start, sets, ef.GradientAscent(lr=lr, stop_at=stop_at), seed)
             if abs(row["remote"] - found["influence"]["remote"]) <= 1:
                 near.append((sample_losses(model, *sets.train.forget).mean().item(), model, row | {"lr": lr, "stop_at": stop_at}))
         near.sort(key=lambda n: -n[0])
-        attacked = [row | delays(model, original, sets, options) for _, model, row in near[:2]]
+        attacked = [row | delays(model, start, sets, options) for _, model, row in near[:2]]
         if attacked:
             found["gradient_ascent"] = max(attacked, key=lambda row: row["sgd"])
         for name, row in found.items():

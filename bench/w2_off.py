@@ -11,10 +11,12 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
+from originals import original
+
 import entangle_fast as ef
 from entangle_fast import demo
 from entangle_fast.report import machine_info
-from entangle_fast.storage import load_tensors, save_json
+from entangle_fast.storage import save_json
 
 SETS = ("forget", "adjacent", "remote")
 BOUNDED = dict(lr1=1e-4, clip=5.0, epochs2=4.5, lr2=4e-3, max_norm2=3.0)
@@ -35,13 +37,9 @@ def main():
     sets = task.split()
     rows = {name: [] for name in RUNS}
     for seed in range(options.seeds):
-        if options.models:
-            original = demo.model_for(task)
-            original.load_state_dict(load_tensors(options.models / f"original-{seed}.safetensors"))
-        else:
-            original, _ = demo.train_original(task, sets, seed)
+        start = original(task, sets, seed, options.models)
         for name, method in RUNS.items():
-            result = ef.unlearn(copy.deepcopy(original), **sets.train._asdict(), test=sets, method=method, seed=seed,
+            result = ef.unlearn(copy.deepcopy(start), **sets.train._asdict(), test=sets, method=method, seed=seed,
                                 augment=demo.AUGMENT, progress=False)  # fmt: skip
             rows[name].append({key: result.row()[key] for key in (*SETS, "seconds")})
             print(f"seed {seed}, {name}: " + " / ".join(f"{rows[name][-1][key]:.1f}" for key in SETS), flush=True)

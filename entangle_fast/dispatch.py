@@ -139,7 +139,7 @@ def _refuse_cpp(op: str, args) -> str | None:
 def _cpp_not_default(op: str, args) -> str | None:
     """Where t×t products of float32 positions are so small that packing them costs more than torch's bmm; many directions."""
     if op == "step_project" and (k := len(args[0]) // max(1, len(args[2]))) > 64:
-        return f"{k} directions: its Jacobi took 5 times LAPACK's time for 64, and the more the longer"
+        return f"{k} directions: its Jacobi took 23 times LAPACK's time for 128 (36 ms, one thread, AMD EPYC Zen 4)"
     if op != "sqnorm":
         return None
     a, b = args

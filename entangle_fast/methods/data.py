@@ -106,7 +106,7 @@ class Data:
         return self.adjacent, self.remote
 
     def retain_sizes(self, size: int) -> list[tuple[SampleSet, int]]:
-        """The adjacent and the remote set with their shares of ``size`` samples: in proportion, each at least one."""
+        """The adjacent and the remote set with their shares of ``size`` >= 2 samples: in proportion, each at least one."""
         n, m = map(len, self.retain)
         near = min(max(1, round(size * n / (n + m))), max(1, size - 1))
         return [(self.adjacent, near), (self.remote, max(1, size - near))]
