@@ -38,6 +38,8 @@ class CaptureMode(TorchFunctionMode):
         tape = self._tape()
         if tape.idle or func is torch.autograd.grad:
             return func(*args, **kwargs)
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            tape.recomputes = True
         if func in _BATCH_NORMS:
             rules_norm.refuse_batch_statistics(*args, **kwargs)
         inputs = tensors_in(args, kwargs)
@@ -51,8 +53,6 @@ class CaptureMode(TorchFunctionMode):
 
     def _with_parameters(self, func, args, kwargs, inputs, watched):
         tape = self._tape()
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            tape.recomputes = True
         batch_free = not any(tape.carries_samples(x) for x in inputs)
         if changes_in_place(func) and isinstance(args[0], Tensor) and args[0] in tape.sources:
             if not batch_free:
@@ -75,8 +75,11 @@ class CaptureMode(TorchFunctionMode):
             tape.sources.derive(func, inputs, out, args)
             return out
         if tape.strict:
+            other = "" if function_name(func) in rules_elementwise.NO_VMAP else (
+                ", or take the slower general path: ef.capture(model, strict=False)"
+            )
             raise CaptureError(
                 f"{tape.describe(watched[0])}: no rule for torch's {function_name(func)}(…) on a parameter; freeze it with "
-                "requires_grad_(False), or take the slower general path: ef.capture(model, strict=False)"
+                f"requires_grad_(False){other}"
             )
         return rules_elementwise.through_vmap(tape, func, args, kwargs)

@@ -8,17 +8,18 @@ from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import ConvFactor, DenseFactor
+from .remake import remaker
 
 
 class _Conv(torch.autograd.Function):
     """A convolution whose backward returns the input's gradient only, and records the weight's factors."""
 
     @staticmethod
-    def forward(ctx, x, anchor, weight, bias, shape, groups, layout, weight_use, bias_use):
-        ctx.shape, ctx.groups, ctx.layout = shape, groups, layout
+    def forward(ctx, x, anchor, weight, bias, shape, groups, layout, weight_use, bias_use, remake):
+        ctx.shape, ctx.groups, ctx.layout, ctx.remake = shape, groups, layout, remake
         ctx.weight_use, ctx.bias_use, ctx.kernel_size = weight_use, bias_use, tuple(weight.shape[2:])
         ctx.input_size = x.shape
-        ctx.save_for_backward(x if weight_use else None, weight if x.requires_grad else None)
+        ctx.save_for_backward(x if weight_use and not remake else None, weight if x.requires_grad else None)
         return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3](x, weight, bias, *shape, groups)
 
     @staticmethod
@@ -26,7 +27,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         if ctx.weight_use:
-            ctx.weight_use.record(_factor(ctx, x, g))
+            ctx.weight_use.record(_factor(ctx, ctx.remake() if ctx.remake else x, g))
         if ctx.bias_use:
             per_image = g.flatten(2).sum(2)
             ctx.bias_use.record(DenseFactor(ctx.layout.positions(per_image).sum(1) if ctx.layout.flat else per_image))
@@ -36,7 +37,7 @@ class _Conv(torch.autograd.Function):
                 g, g.new_empty(()).expand(ctx.input_size), weight, None, *ctx.shape, False, [0] * len(ctx.kernel_size),
                 ctx.groups, [True, False, False],
             )[0]  # fmt: skip
-        return (dx,) + (None,) * 8
+        return (dx,) + (None,) * 9
 
 
 def _factor(ctx, x, g):
@@ -71,7 +72,7 @@ def _conv(tape, func, args, kwargs):
     w, weight_use = tape.use(weight, dtype)
     b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
     shape = (stride, _spread(padding, nd), dilation)
-    return _Conv.apply(x, tape.anchor, w, b, shape, groups, layout, weight_use, bias_use)
+    return _Conv.apply(x, tape.anchor, w, b, shape, groups, layout, weight_use, bias_use, remaker(tape, x))
 
 
 def _spread(value, nd: int) -> tuple[int, ...]:

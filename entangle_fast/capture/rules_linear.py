@@ -13,6 +13,7 @@ from .errors import CaptureError
 from .factors import DenseFactor, LinearFactor
 from .layout import Layout
 from .place import Place
+from .remake import remaker
 from .rules_elementwise import add_parameter, like
 
 
@@ -20,9 +21,9 @@ class _Linear(torch.autograd.Function):
     """F.linear whose backward returns the input's gradient only, and records the weight's factors."""
 
     @staticmethod
-    def forward(ctx, x, anchor, weight, bias, layout, weight_use, bias_use):
-        ctx.layout, ctx.weight_use, ctx.bias_use = layout, weight_use, bias_use
-        ctx.save_for_backward(x if weight_use else None, weight if x.requires_grad else None)
+    def forward(ctx, x, anchor, weight, bias, layout, weight_use, bias_use, remake):
+        ctx.layout, ctx.weight_use, ctx.bias_use, ctx.remake = layout, weight_use, bias_use, remake
+        ctx.save_for_backward(x if weight_use and not remake else None, weight if x.requires_grad else None)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -31,11 +32,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         b = ctx.layout.positions(g)
         if ctx.weight_use:
-            ctx.weight_use.record(LinearFactor(ctx.layout.positions(x), b))
+            ctx.weight_use.record(LinearFactor(ctx.layout.positions(ctx.remake() if ctx.remake else x), b))
         if ctx.bias_use:
             ctx.bias_use.record(DenseFactor(b[:, 0] if b.shape[1] == 1 else b.sum(1)))
         dx = g @ weight if ctx.needs_input_grad[0] else None
-        return (dx,) + (None,) * 6
+        return (dx,) + (None,) * 7
 
 
 def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout | None = None) -> Tensor:
@@ -52,7 +53,7 @@ def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None, layout: La
         return add_parameter(tape, y, bias)
     w, weight_use = tape.use(weight, dtype)
     b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
-    return _Linear.apply(x, tape.anchor, w, b, layout, weight_use, bias_use)
+    return _Linear.apply(x, tape.anchor, w, b, layout, weight_use, bias_use, remaker(tape, x))
 
 
 def _linear(tape, func, args, kwargs):
