@@ -61,6 +61,8 @@ def measure(job: Job, rounds: int | None = None) -> Measured:
             continue
         if isinstance(found, torch.Tensor):
             results[name] = found.detach().double()
+        elif found:  # tensors shaped like the parameters, as one vector; what it takes is not timed
+            results[name] = torch.cat([x.detach().double().flatten() for x in found])
     errors = distances(results)
     verdicts = {name: verdict(name, errors, results, job.tolerance) for name in calls}
     del results

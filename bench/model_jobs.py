@@ -90,7 +90,7 @@ def orthograd(name, n, providers=("ours", "plain", "vmap_qr"), slow=False):
 
             def call():
                 with in_mode(model, False):
-                    return flat(process.direction(0, {}))
+                    return process.direction(0, {})
 
             return call
 
@@ -142,7 +142,7 @@ def stage2(name, n, providers=("ours", "plain", "authors"), slow=False):
 
             def call():
                 process.take_step("stage2", 0)
-                return flat(process.sgd.buffers)
+                return process.sgd.buffers
 
             return call
 
@@ -153,7 +153,7 @@ def stage2(name, n, providers=("ours", "plain", "authors"), slow=False):
 
             def call():
                 authors.stage2_step(own, frozen, buffers, adjacent, [forget], [remote], ridge=ridge, **STEP)
-                return flat(buffers)
+                return buffers
 
             return call
 

@@ -7,7 +7,7 @@ directions it can be captured into a CUDA graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,10 +64,14 @@ class ProjectedMomentum:
         self.buffers = [torch.zeros_like(p, requires_grad=False) for p in self.params]
 
     @torch.no_grad()
-    def step(self, grads: Tensors, directions: Sequence[Tensors], coef: Tensor | None = None) -> dict[str, Tensor]:
+    def step(
+        self, grads: Tensors, directions: Sequence[Tensors], coef: Tensor | None = None, check: Callable[[Tensor], None] | None = None
+    ) -> dict[str, Tensor]:
         """One step with gradient ``grads``, away from span(``directions``), over all parameters at once.
 
         grads: tensors like params.  directions: k such lists.  coef: (k,) of P_V where the caller has solved for it.
+        check: called with the Gram of (directions, v where it is projected again, grads) before anything is changed: where
+        it raises, nothing was.
         Returns 0-d tensors: cosine of the first two directions (k ≥ 2), step_norm, lr·‖w − P_V w‖ of what was projected
         (w = m v + g, or g), and removed, the share of ‖w‖ that the projection took away.
         """
@@ -76,6 +80,8 @@ class ProjectedMomentum:
             gram, coef = ops.step_project(directions, held, grads, beta=self.carried, ridge=self.ridge)
         else:
             gram, coef = ops.step_gram([*directions, *([held] if held else []), grads]), coef.double()
+        if check is not None:
+            check(gram)
         ops.step_update(
             self.params, self.buffers, grads, directions, coef, lr=self.lr, beta=self.momentum,
             weight_decay=self.weight_decay,

@@ -76,7 +76,7 @@ class _Ssd(Process):
             losses = self.checked(self.loss(self.model(x), y), len(y), name)
             tape.backward(losses)
         found = square_sums(tape)
-        self.must_be_finite(torch.stack(torch._foreach_norm(found)), name, "squared gradient")
+        self.must_be_finite(found, name, "squared gradient")
         torch._foreach_add_(self.squares["forget" if name == "forget" else "retain"], found)
         return {"epoch": (k + 1) / len(self.chunks), f"loss_{name}": losses.detach().mean()}
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import ops, weights
 from ..capture import capture
 from ..optim import ProjectedMomentum
-from .process import Process
+from .process import Process, shorten
 from .propositions import first_order, forget_bound
 from .training import in_mode
 
@@ -173,24 +173,29 @@ class EntangledProcess(Process):
             self.sgd.lr = c.lr2 * (1 - k / self.stages[1][1])
         _, xa, ya = self.data.adjacent.batch(k, c.adjacent_batch2)
         adjacent = self.losses(xa, ya, "adjacent")
-        g_adjacent = self.gradient(adjacent.mean(), "adjacent")
+        g_adjacent = self.gradient(adjacent.mean(), None if c.away_from == "means" else "adjacent")
         row = {"epoch": (k + 1) * c.adjacent_batch2 / len(self.data.adjacent), "loss_adjacent": adjacent.detach().mean()}
         if math.isfinite(c.max_norm2):
-            norm = torch.nn.utils.get_total_norm(g_adjacent, foreach=True)
-            torch._foreach_mul_(g_adjacent, (c.max_norm2 / norm.clamp(min=1e-30)).clamp(max=1.0))
+            shorten(g_adjacent, c.max_norm2)
         if c.away_from == "means":
             directions = [self._sum_of_minibatches(self._forget, k, row), self._sum_of_minibatches(self._remote, k, row)]
-            row.update(self.sgd.step(g_adjacent, directions))
+            row.update(self.sgd.step(g_adjacent, directions, check=self._means_are_finite))
         else:
             row.update(self._away_from_samples(k, g_adjacent, row))
         return row
+
+    def _means_are_finite(self, gram: Tensor) -> None:
+        """The step's Gram has read all three gradients: its diagonal tells of each, at no pass of its own."""
+        if not torch.isfinite(gram.diagonal()).all():
+            for k, name in ((0, "forget"), (1, "remote"), (-1, "adjacent")):
+                self.must_be_finite(gram[k, k], name, "gradient")
 
     def _sum_of_minibatches(self, one, k, row) -> list[Tensor]:
         """Gradients of up to batch_limit minibatches added up, never more than the set holds."""
         total, seen = None, []
         for j in range(self._minibatches(one)):
             value, found = one(k * self._minibatches(one) + j)
-            grads = self.gradient(value, "forget" if one == self._forget else "remote")
+            grads = self.gradient(value, None)
             total = grads if total is None else torch._foreach_add(total, grads)
             seen.append(found)
         for key in seen[0]:

@@ -76,7 +76,7 @@ class _Geometric(JointBatch):
             rows[2 + j, part] = 1 / len(part)
         mean, forget, *span = tape.combine(rows)
         raw = torch._foreach_add(mean, forget)
-        self.must_be_finite(torch.stack(torch._foreach_norm([*raw, *(g for u in span for g in u)])), "retain or the forget", "gradient")
+        self.must_be_finite([*raw, *(g for u in span for g in u)], "retain or the forget", "gradient")
         torch._foreach_lerp_(self.second, torch._foreach_mul(raw, raw), 1 - c.beta2)
         metric = self.metric(k + 1)
         root = torch._foreach_sqrt(metric)

@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import weights
 from ..optim import decay_noise_step
 from .data import Data
-from .process import Loss, Process, sample_cross_entropy
+from .process import Loss, Process, sample_cross_entropy, shorten
 from .sgd import positive
 
 FORMS = ("joint", "alternate", "one_shot")
@@ -162,8 +162,7 @@ class InfluenceProcess(Process):
             w.append(-c.gamma * weights.clipped(part, c.clip) if samples is d.forget else torch.full_like(part, 1 / retained))
         grads = self.gradient((torch.cat(w) * losses).sum())
         if math.isfinite(c.max_norm):
-            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-            torch._foreach_mul_(grads, (c.max_norm / norm.clamp(min=1e-30)).clamp(max=1.0))
+            shorten(grads, c.max_norm)
         return grads
 
     def _update(self, grads, *, lr: float, decay: float, noise: float) -> None:

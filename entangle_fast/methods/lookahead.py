@@ -36,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import ops, weights
 from ..optim import lookahead
 from .baselines import reset
-from .process import sample_cross_entropy
+from .process import sample_cross_entropy, square
 from .sgd import SgdOptions, SgdProcess, positive
 
 
@@ -138,7 +138,7 @@ class LookaheadProcess(SgdProcess):
         if second:
             curved = None if graph is None else self._double_backward(graph, ahead)
             curved = self._difference(inner, k, ahead) if curved is None else curved
-            self.must_be_finite(torch.stack(torch._foreach_norm(curved, math.inf)), "training", "Hessian-vector product")
+            self.must_be_finite(curved, "training", "Hessian-vector product")
             ahead = torch._foreach_sub(ahead, curved, alpha=c.alpha)
         return torch._foreach_add(torch._foreach_mul(g, share), ahead, alpha=share_ahead)
 
@@ -178,8 +178,7 @@ class LookaheadProcess(SgdProcess):
             found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found)]
             if missing := _underivable(found):
                 raise RuntimeError(f"{missing} has no derivative")
-            sizes = torch._foreach_norm([g.detach() for g in found], math.inf)
-            self.must_be_finite(torch.stack(sizes), "forget" if self.config.swap else "retain", "gradient")
+            self.must_be_finite([g.detach() for g in found], "forget" if self.config.swap else "retain", "gradient")
             return found
         return None
 
@@ -206,8 +205,7 @@ class LookaheadProcess(SgdProcess):
 
     def _difference(self, inner, k: int, v: list[Tensor]) -> list[Tensor]:
         """(∇(θ + εv) − ∇(θ − εv)) / 2ε, ε‖v‖ = ∛eps·(1 + ‖θ‖): an error of about eps^⅔ in third derivatives and in rounding."""
-        norm = torch.nn.utils.get_total_norm(v, foreach=True)
-        size = torch.nn.utils.get_total_norm([p.detach() for p in self.params], foreach=True)
+        norm, size = (square(x).sqrt().to(v[0].dtype) for x in (v, [p.detach() for p in self.params]))
         step = torch.finfo(size.dtype).eps ** (1 / 3) * (1 + size)
         move = torch._foreach_mul(v, torch.where(norm > 0, step / norm, 0))
         ends = []

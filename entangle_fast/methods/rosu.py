@@ -19,6 +19,7 @@ import torch
 
 from .. import ops, weights
 from ..optim import lookahead
+from .process import square
 from .sgd import SgdOptions, SgdProcess, positive
 
 
@@ -65,6 +66,6 @@ class _Rosu(SgdProcess):
         gram = ops.step_gram([g_retain, g_forget])
         away = weights.project_away(gram[:1, :1], gram[:1, 1])[0]
         free = torch._foreach_add(g_forget, torch._foreach_mul(g_retain, away.to(g_retain[0].dtype)))
-        norm = torch.nn.utils.get_total_norm(free, foreach=True)
+        norm = square(free).sqrt().to(free[0].dtype)
         torch._foreach_mul_(free, torch.where(norm > 0, self.config.rho / norm, 0))
         return free
