@@ -12,7 +12,7 @@
 namespace ef::cpu {
 namespace {
 
-constexpr int64_t kPanelBytes = 8LL << 20;        // panels of one tile: between L2 and L3
+constexpr int64_t kPanelBytes = 4LL << 20;        // half of what all threads' panels take, and keep: inside L3
 constexpr int64_t kPartialCells = 8LL << 20;      // of all threads' own sums together
 constexpr int64_t kRightBytes = 16LL << 20;       // packed right-hand positions
 constexpr int64_t kLeftRows = 64;                 // left-hand positions that meet a right panel while it is in L2

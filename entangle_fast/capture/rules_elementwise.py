@@ -126,6 +126,9 @@ def repeat_over_batch(tape, func, args, kwargs):
     return rows
 
 
+NO_VMAP = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell"}  # torch.func.vmap cannot map these
+
+
 def through_vmap(tape, func, args, kwargs):
     """The general path (strict=False): the function of one sample, mapped over the batch and a copy of the parameter."""
     axis = tape.batch_dim or 0

