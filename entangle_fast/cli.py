@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from entangle_fast.doctor import THP
+from entangle_fast.methods import METHODS
 
 TRAINING = {"demo", "unlearn", "compare"}
 
@@ -24,7 +25,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bars.")]
+METHOD_NAMES = f"Names with commas, of {', '.join(METHODS)}. Default: all; retrain is always among them."
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar or lines.")]
 
 
 def main() -> None:
@@ -106,8 +108,8 @@ def unlearn(
     config: Annotated[Path, typer.Argument(help="TOML file with the tables task, model, method and run.")],
     out: Annotated[Path | None, typer.Option(help="Run folder, instead of run.out in the file.")] = None,
     no_progress: NoProgress = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the run folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run again into the folder of a finished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder; show it if it is finished.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
     debug: Debug = False,
 ) -> None:
     """Run the job that a TOML file describes."""
@@ -119,19 +121,10 @@ def unlearn(
     folder = Path(job.run.out)
     again = f"entangle-fast unlearn {config}{f' --out {out}' if out else ''} --resume"
     with _plainly(debug, folder, again):
-        _refuse_finished(folder, overwrite, resume)
         from entangle_fast.job import unlearn_from_config
 
-        unlearn_from_config(job, resume=resume)
+        unlearn_from_config(job, resume=resume, overwrite=overwrite)
         _show(folder)
-
-
-def _refuse_finished(folder: Path, overwrite: bool, resume: bool) -> None:
-    from entangle_fast.report import REPORT
-
-    unfinished = resume and any(folder.glob("checkpoint*"))  # of a second run into the folder
-    if (folder / REPORT).exists() and not overwrite and not unfinished:
-        raise ValueError(f"{folder}: holds a finished run; give another --out, or --overwrite to run again into it")
 
 
 @app.command()
@@ -140,14 +133,14 @@ def compare(
         Path | None, typer.Argument(help="TOML file with the tables task, compare and method.NAME; options here go before it.")
     ] = None,
     forget: Annotated[str | None, typer.Option(help="Class to forget, or several with commas; of Fashion-MNIST without a file.")] = None,
-    labels: Annotated[str | None, typer.Option(help="super: superclasses; fine: the data set's own classes. [default: super]")] = None,
-    methods: Annotated[str | None, typer.Option(help="Names with commas. [default: all; retrain is always among them]")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Models to train and unlearn. [default: 3]")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once; 1 to time methods. [default: 2]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; one of the same settings goes on. [default: runs/compare-CLASS]")] = None,
+    labels: Annotated[str | None, typer.Option(help="super: superclasses; fine: the data set's own classes. Default: super.")] = None,
+    methods: Annotated[str | None, typer.Option(help=METHOD_NAMES)] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Models to train and unlearn. Default: 3.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once; 1 to time methods. Default: 2.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; one of the same settings goes on. Default: runs/compare-CLASS.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the passes, to see it work.")] = False,
-    attack_seeds: Annotated[int | None, typer.Option(min=1, help="Relearning runs an attacker. [default: 3]")] = None,
-    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a relearning run. [default: 200]")] = None,
+    attack_seeds: Annotated[int | None, typer.Option(min=1, help="Relearning runs an attacker. Default: 3.")] = None,
+    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a relearning run. Default: 200.")] = None,
     no_progress: NoProgress = False,
     debug: Debug = False,
 ) -> None:
@@ -191,8 +184,10 @@ def _show(run: Path) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Every GPU kernel by name.")] = False,
+) -> None:
     """Say what is installed, which backend serves what, and how to mend what is missing."""
     from entangle_fast.doctor import doctor as examine
 
-    examine(Console())
+    examine(Console(), verbose)

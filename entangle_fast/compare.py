@@ -16,9 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from typing import Any, NamedTuple
 from . import config as configs
 from . import demo, job, storage
 from .methods import METHODS
+from .progress import shown
 
 CONFIG, CELLS, MODELS = "config.toml", "cells", "models"
 ORIGINAL, RETRAIN, TRAIN = "original", "retrain", "train"  # TRAIN makes the original model; ORIGINAL measures it
@@ -259,7 +258,7 @@ def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
         before = {TRAIN: (), RETRAIN: (TRAIN,)}.get(task.what, (TRAIN, RETRAIN))
         return any(Task(what, task.seed) in (*pending, *running.values()) for what in before)
 
-    with ThreadPoolExecutor(options.jobs) as pool, _bar(options.progress, len(todo)) as show:
+    with ThreadPoolExecutor(options.jobs) as pool, shown(options.progress, "compare", len(todo), unit="cells") as advance:
         try:
             while pending or running:
                 for task in [t for t in pending if Task(TRAIN, t.seed) in failed]:
@@ -269,13 +268,15 @@ def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
                 while len(running) < options.jobs and (ready := [t for t in pending if not blocked(t)]):
                     pending.remove(ready[0])
                     running[pool.submit(crew.work, ready[0])] = ready[0]
-                show(len(pending) + len(running), running)
+                left = len(pending) + len(running)
+                advance(len(todo) - left, ", ".join(f"{t.what.replace('_', ' ')} {t.seed}" for t in running.values()))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task: Task = running.pop(future)
                     error = future.result()
                     if not task.made(folder).is_file():
                         failed.add(task)
                         _note_failure(folder, task, error or "nothing was written")
+            advance(len(todo), "")
         except BaseException:
             crew.stop()
             raise
@@ -284,21 +285,3 @@ def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
 def _note_failure(folder: Path, task: Task, error: str) -> None:
     task = Task(ORIGINAL, task.seed) if task.what == TRAIN else task
     storage.save_json(task.made(folder), {"method": task.what, "seed": task.seed, "state": "failed", "error": error})
-
-
-@contextmanager
-def _bar(progress: bool, total: int) -> Iterator:
-    if not progress or not total:
-        yield lambda left, running: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, transient=True) as bar:
-        only = bar.add_task("", total=total)
-
-        def show(left: int, running: dict[Future, Task]) -> None:
-            names = (f"{t.what.replace('_', ' ')} {t.seed}" for t in running.values())
-            bar.update(only, completed=total - left, description=", ".join(names))
-
-        yield show

@@ -20,6 +20,7 @@ from .methods import Entangled, FineTune, GradientAscent, NegGradPlus, RandomLab
 from .methods.training import fit
 from .metrics import evaluate
 from .metrics.memory import PeakMemory
+from .progress import shown
 from .tasks import RandomShift, SmallCNN, fashion_mnist
 
 EPOCHS, PEAK_LR, BATCH = 8, 3e-3, 128  # of the original model and of the retrained one
@@ -61,7 +62,7 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
     history, losses = [], {}
     storage.save_toml(out / "config.toml", _settings(forget, seeds, quick))
     for seed in range(seeds):
-        original, row = train_original(task, sets, seed, quick)
+        original, row = train_original(task, sets, seed, quick, progress)
         rows["original"].append(row)
         for method in methods(quick):
             model = copy.deepcopy(original)
@@ -94,15 +95,17 @@ def model_for(task) -> SmallCNN:
     return SmallCNN(task.num_classes, *task.train_x.shape[1:3]).to(memory_format=torch.channels_last)
 
 
-def train_original(task, sets, seed: int = 0, quick: bool = False):
+def train_original(task, sets, seed: int = 0, quick: bool = False, progress: bool = False):
     """The model that all methods start from, and its row of the report."""
     torch.manual_seed(seed)
     model = model_for(task)
     x, y = task.train_set()
-    with PeakMemory() as peak:
+    epochs = 1 if quick else EPOCHS
+    with PeakMemory() as peak, shown(progress, f"training, seed {seed}", epochs, unit="epochs") as advance:
         start = time.perf_counter()
         fit(
-            model, x, y, epochs=1 if quick else EPOCHS, lr=PEAK_LR, batch_size=BATCH, seed=seed, augment=AUGMENT
+            model, x, y, epochs=epochs, lr=PEAK_LR, batch_size=BATCH, seed=seed, augment=AUGMENT,
+            progress=lambda epoch, epochs, loss: advance(epoch, ""),
         )  # fmt: skip
         seconds = time.perf_counter() - start
     return model, {"seed": seed, **evaluate(model, sets), "seconds": seconds, "peak_mb": peak.mb}

@@ -113,8 +113,11 @@ def _records(value: Any) -> Iterator[dict[str, Any]]:
             todo += item
 
 
-def doctor(console: Console | None = None) -> dict[str, Any]:
-    """Print `report()` with the mend for what is missing; the report."""
+def doctor(console: Console | None = None, verbose: bool = False) -> dict[str, Any]:
+    """Print `report()` with the mend for what is missing; the report.
+
+    verbose: each GPU kernel on a line of its own, instead of how many there are of a kind.
+    """
     console = console or Console()
     found = report()
     machine, versions, extension = found["machine"], found["versions"], found["extension"]
@@ -177,7 +180,19 @@ def doctor(console: Console | None = None) -> dict[str, Any]:
     if found["gpu_runs"]:
         console.print()
         console.print(Text("GPU kernels", style="bold"))
-        for kernel, line in found["gpu_runs"].items():
+        for kernels, line in _runs(found["gpu_runs"], verbose):
             style = "red" if "WRONG" in line else "yellow" if line.startswith("not") else "green"
-            console.print(Text(f"  {kernel}: ").append(line, style=style), soft_wrap=True)
+            console.print(Text(f"  {kernels}: ").append(line, style=style), soft_wrap=True)
     return found
+
+
+def _runs(gpu_runs: dict[str, str], verbose: bool) -> Iterator[tuple[str, str]]:
+    """(kernels, where they ran): one by one where one is wrong or all are asked for, else counted by backend."""
+    for line in dict.fromkeys(gpu_runs.values()):
+        same = [kernel for kernel, ran in gpu_runs.items() if ran == line]
+        if verbose or "WRONG" in line or len(same) < 4:
+            yield from ((kernel, line) for kernel in same)
+            continue
+        counts = {backend: sum(kernel.endswith(f"/{backend}") for kernel in same) for backend in GPU_BACKENDS}
+        by_backend = " and ".join(f"{count} {backend}" for backend, count in counts.items() if count)
+        yield f"{by_backend} kernels (--verbose names them)", line

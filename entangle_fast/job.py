@@ -8,8 +8,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from . import config as configs
 from . import report, storage
 from .methods import Entangled
-from .methods.data import NAMES, Data
+from .methods.checks import check_parameters, check_samples
+from .methods.data import NAMES, Data, SampleSet, measured_sets
 from .methods.process import NonFinite, Process, sample_cross_entropy
 from .metrics import accuracy, evaluate, sample_losses
 from .metrics.memory import PeakMemory
+from .progress import say, shown
+from .report import CHECKPOINT, CONFIG, REPORT
 
-CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model.safetensors"
 PHASES = ("stage1", "stage2")  # stages whose end the figures show; other methods have one: "after"
 
 
@@ -38,7 +41,8 @@ class Result:
         before, after: {"forget", "adjacent", "remote", "per_class"} on the test samples.
         history: one row a step (report.HISTORY_COLUMNS).
         losses: "method/seed/phase/set" → per-sample losses (n,) float32.
-        facts: what the method reports of the run as a whole: for Entangled the two propositions.
+        facts: what the method reports of the run as a whole: for Entangled the two propositions (facts.py says what they mean).
+        settings: what config.toml says.  run: what must agree for the run to be taken up again.
     """
 
     model: nn.Module
@@ -53,6 +57,8 @@ class Result:
     losses: dict[str, Tensor] = field(repr=False)
     facts: dict = field(default_factory=dict)
     task: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict, repr=False)
+    run: dict = field(default_factory=dict, repr=False)
 
     def row(self) -> dict:
         """This run as one seed of its method in report.json."""
@@ -62,19 +68,17 @@ class Result:
         original = {"seed": self.seed, **self.before, "seconds": None, "peak_mb": None}
         return {
             "methods": {"original": report.aggregate([original]), self.method: report.aggregate([self.row()])},
-            "task": self.task, "facts": self.facts, **report.machine_info(), "figures": [],
+            "task": self.task, "facts": self.facts, "run": self.run, **report.machine_info(), "figures": [],
         }
 
     def save(self, folder) -> Path:
         """Write report.json, history.csv, losses.safetensors, config.toml, model.safetensors and the figures."""
         folder = Path(folder)
-        storage.save_tensors(folder / "model.safetensors", self.model.state_dict())
+        storage.save_tensors(folder / MODEL, self.model.state_dict())
         storage.save_tensors(folder / report.LOSSES, self.losses)
         report.write_history(folder, self.history)
-        if not (folder / "config.toml").exists():
-            options = {"method": {"name": self.method, **configs.to_dict(self.config)}, "run": {"seed": self.seed}}
-            storage.save_toml(folder / "config.toml", options)
-        storage.save_json(folder / report.REPORT, self.report())
+        storage.save_toml(folder / CONFIG, self.settings)
+        storage.save_json(folder / REPORT, self.report())
         self.plot(folder)
         return folder
 
@@ -85,7 +89,7 @@ class Result:
         drawn = write_figures(Path(folder))
         found = report.read_report(folder)
         found["figures"] = [p.name for p in drawn]
-        storage.save_json(Path(folder) / report.REPORT, found)
+        storage.save_json(Path(folder) / REPORT, found)
         return drawn
 
     def summary(self, console=None) -> None:
@@ -97,8 +101,8 @@ class Result:
 
 def unlearn(
     model: nn.Module, *, forget, adjacent, remote, method=None, test=None, loss=sample_cross_entropy, seed: int = 0,
-    out=None, resume: bool = False, progress: bool = True, checkpoint_every: int = 50, eval_every: int = 0,
-    augment=None, allow_overlap: bool = False,
+    out=None, resume: bool = False, overwrite: bool = False, progress: bool = True, checkpoint_every: int = 50,
+    eval_every: int = 0, augment=None, allow_overlap: bool = False,
 ) -> Result:  # fmt: skip
     """Make a trained model forget some samples while keeping those that are entangled with them.
 
@@ -107,46 +111,76 @@ def unlearn(
         forget, adjacent, remote: disjoint sets, each (x, y) tensors or a map-style Dataset. ``adjacent`` are the
             retain samples close to the forget set, ``remote`` the others (tasks.by_knn finds them).
         method: a dataclass of entangle_fast.methods; default Entangled().
-        test: a tasks.Sets, or a mapping of the three names to (x, y); default: the training samples themselves.
+        test: a tasks.Sets, or a mapping of the three names to (x, y) or a Dataset; default: the training samples themselves.
         loss: (output, y) → per-sample losses (n,); default cross-entropy.
         seed: fixes everything random: the same seed gives the same bits on the same machine.
-        out: folder to write to; checkpoints every ``checkpoint_every`` steps, the full record at the end.
-        resume: continue the run whose checkpoint lies in ``out``, to the bit; without one start anew.
-        progress: show a progress bar.  eval_every: steps between accuracies in the history; 0: only at stage ends.
+        out: folder to write to; checkpoints every ``checkpoint_every`` steps, the full record at the end. One that holds
+            a run, finished or not, is refused without ``resume`` or ``overwrite``.
+        resume: continue the run whose checkpoint lies in ``out``, to the bit; without one start anew; of a finished run
+            give the result, its weights in ``model``. Method, options, seed and data must be those of the run: of tensors
+            every byte is compared, of other Datasets what SampleSet.digest says; loss and augment cannot be.
+        overwrite: start anew in a folder that holds a run; its files stay until there are new ones.
+        progress: show a progress bar, or lines where stderr is no terminal.
+        eval_every: steps between accuracies in the history; 0: only at stage ends.
         augment: (x, generator) → x, applied to training batches (tasks.RandomShift).
         allow_overlap: do not refuse samples that are in two sets.
 
     Returns: a Result.
 
     Raises:
-        ValueError: empty or overlapping sets, labels out of range, no trainable parameter, non-finite parameters, …
+        ValueError: empty or overlapping sets, labels out of range, no trainable parameter, non-finite parameters, a
+            folder that holds a run, …
         NonFinite: a loss became NaN or infinite; the step was not taken, the model is as it was before it.
-        CheckpointError: a checkpoint of another run, or one that cannot be read or written.
+        CheckpointError: a run with other settings or other data, or files that cannot be read or written.
         KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.
     """
-    method = Entangled() if method is None else method
-    if isinstance(method, type) or not hasattr(method, "start"):
-        got = repr(method) if isinstance(method, (str, type)) else type(method).__name__
-        raise ValueError(f"method: got {got}; needs a dataclass of entangle_fast.methods, as in ef.Entangled(alpha=0.5)")
-    if resume and out is None:
-        raise ValueError("resume: needs the folder out= in which the checkpoint lies")
-    _refuse_bad_parameters(model)
-    device = next(model.parameters()).device
-    data = Data.of(forget, adjacent, remote, device, seed, augment=augment, allow_overlap=allow_overlap)
-    _refuse_bad_labels(model, data, loss)
-    run = _Run(model, method, data, test, loss, seed, out, checkpoint_every, eval_every)
+    refuse_used(out, resume, overwrite)
+    sets = (forget, adjacent, remote)
+    run = _Run(model, sets, method, test, loss, seed, out, checkpoint_every, eval_every, augment, allow_overlap)
     return run.go(resume, progress)
+
+
+def refuse_used(out, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError for a folder that holds a run, unless it is said what to do with it."""
+    if resume and overwrite:
+        raise ValueError("resume, overwrite: got both; resume goes on with the run in the folder, overwrite starts anew: give one")
+    if out is None:
+        if resume:
+            raise ValueError("resume: needs the folder out= in which the checkpoint lies")
+        return
+    if resume or overwrite:
+        return
+    if (Path(out) / CHECKPOINT).exists():
+        raise ValueError(f"out: {out} holds a run that is not finished; resume=True (--resume) goes on with it, "
+                         "overwrite=True (--overwrite) starts anew")  # fmt: skip
+    if (Path(out) / REPORT).exists():
+        raise ValueError(f"out: {out} holds a finished run; give another folder, or overwrite=True (--overwrite) to run again into it")
 
 
 class _Run:
     """One process being driven: timing, history, checkpoints, evaluation."""
 
-    def __init__(self, model, method, data, test, loss, seed, out, checkpoint_every, eval_every):
-        self.model, self.method, self.data, self.test, self.seed = model, method, data, test, seed
+    def __init__(self, model, sets, method, test, loss, seed, out, checkpoint_every, eval_every, augment=None, allow_overlap=False):
+        method = Entangled() if method is None else method
+        if isinstance(method, type) or not (is_dataclass(method) and hasattr(method, "start")):
+            got = repr(method) if isinstance(method, (str, type)) else type(method).__name__
+            raise ValueError(f"method: got {got}; needs a dataclass of entangle_fast.methods, as in ef.Entangled(alpha=0.5)")
+        check_parameters(model)
+        device = next(model.parameters()).device
+        self.data = Data.of(*sets, device, seed, augment=augment, allow_overlap=allow_overlap)
+        self.tests = measured_sets(test, device)
+        own = None if loss is sample_cross_entropy else loss
+        for name in NAMES:
+            check_samples(model, getattr(self.data, name), own, classes=own is None or self.tests is None)
+        for samples in (self.tests or {}).values():
+            check_samples(model, samples, None, classes=True)
+        self.model, self.method, self.test, self.seed = model, method, test, seed
         self.name = type(method).name
         self.out = None if out is None else Path(out)
         self.checkpoint_every, self.eval_every = checkpoint_every, eval_every
-        self.process: Process = method.start(model, data, loss, seed)
+        self.settings = {"method": {"name": self.name, **configs.to_dict(method)}, "run": {"seed": seed}}
+        self.task = task_facts(test)
+        self.process: Process = method.start(model, self.data, loss, seed)
         self.history: list[dict] = []
         self.losses: dict[str, Tensor] = {}
         self.before: dict = {}
@@ -156,14 +190,17 @@ class _Run:
         process = self.process
         if resume and (self.out / CHECKPOINT).exists():
             self._load()
+        elif resume and (self.out / REPORT).exists():
+            say(progress, f"{self.name}: {self.out} holds the finished run; nothing is left to do")
+            return self._finished()
         else:
             self.before = self.measure()
             self._note_losses("before")
         with PeakMemory(process.params[0].device) as peak, _deferred_interrupt() as interrupted:
-            with _bar(progress, self.name, process) as advance:
+            with shown(progress, self.name, process.total, done=process.done, text=process.where()[0]) as advance:
                 while process.done < process.total and not process.stopped:
                     self._step()
-                    advance(process)
+                    advance(process.done, process.where()[0])
                     if interrupted():
                         self._keep()
                         raise KeyboardInterrupt
@@ -178,7 +215,7 @@ class _Run:
             self.history[-1] |= {f"acc_{s}": after[s] for s in NAMES}
         result = Result(
             self.model, self.name, self.method, self.seed, self.before, after, self.seconds, peak.mb,
-            [_floats(row) for row in self.history], self.losses, facts, task_facts(self.test),
+            [_floats(row) for row in self.history], self.losses, facts, self.task, self.settings, self._identity(),
         )  # fmt: skip
         if self.out is not None:
             result.save(self.out)
@@ -217,12 +254,7 @@ class _Run:
         return {**found, "per_class": {}}
 
     def _samples(self, name: str) -> tuple[Tensor, Tensor]:
-        if isinstance(self.test, Mapping):
-            return self.test[name]
-        if self.test is not None:
-            return getattr(self.test.test, name)
-        samples = getattr(self.data, name)
-        return samples.tensors or samples.take(torch.arange(len(samples)))
+        return (self.tests[name] if self.tests else getattr(self.data, name)).whole()
 
     def _note_losses(self, phase: str) -> None:
         for name in NAMES:
@@ -246,31 +278,64 @@ class _Run:
 
     def _identity(self) -> dict:
         """What must agree for a run to be continued."""
+        sets: list[SampleSet] = [*(getattr(self.data, name) for name in NAMES), *(self.tests or {}).values()]
         return {
             "method": self.name, "config": storage.plain(configs.to_dict(self.method)), "seed": self.seed,
-            "samples": [len(getattr(self.data, name)) for name in NAMES],
+            "data": {s.name: [len(s), s.digest] for s in sets},
         }  # fmt: skip
+
+    def _must_agree(self, theirs: dict, path: Path) -> None:
+        """Raise CheckpointError where the run in ``path`` was another one."""
+        mine, anew = json.loads(json.dumps(self._identity())), "or overwrite=True (--overwrite) to start anew"
+        for key in ("method", "config", "seed"):
+            got, had = mine[key], theirs.get(key)
+            if got == had:
+                continue
+            if isinstance(got, dict) and isinstance(had, dict):
+                option = next(k for k in (*got, *had) if k not in got or k not in had or got[k] != had[k])
+                key, got, had = f"{key}.{option}", got.get(option), had.get(option)
+            raise storage.CheckpointError(f"{path}: was written by a run with {key} {had}, this one has {got}; give the same, {anew}")
+        got, had = mine["data"], theirs.get("data") or {}
+        for name in dict.fromkeys((*got, *had)):
+            if got.get(name) != had.get(name):
+                a, b = (f"{d[name][0]} samples with digest {d[name][1][:12]}" if name in d else "none" for d in (got, had))
+                raise storage.CheckpointError(
+                    f"{name}: got {a}, the run in {path} had {b}; give the same samples in the same order, {anew}"
+                )
 
     def _load(self) -> None:
         path = self.out / CHECKPOINT
         notes = storage.json_object(storage.load_metadata(path).get("run", "{}"), path)
-        for key, value in self._identity().items():
-            if notes.get(key) != json.loads(json.dumps(value)):
-                raise storage.CheckpointError(
-                    f"{path}: was written by a run with {key} {notes.get(key)}, this one has {value}; "
-                    "give the same, or start anew without resume"
-                )
+        self._must_agree(notes, path)
         tensors = storage.load_tensors(path)
-        state = {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
+        self._put({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}, path)
+        self.losses = {k[len("losses.") :]: v for k, v in tensors.items() if k.startswith("losses.")}
+        self.history, self.before, self.seconds = notes["history"], notes["before"], notes["seconds"]
+        self.process.done, self.process.stopped = notes["done"], notes["stopped"]
+        self.process.load({k[len("process.") :]: v for k, v in tensors.items() if k.startswith("process.")})
+
+    def _put(self, state: dict[str, Tensor], path: Path) -> None:
         mine, theirs = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (self.model.state_dict(), state))
         if mine != theirs:
             odd = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
             raise storage.CheckpointError(f"{path}: does not fit this model, first at {odd[0]!r}; give the model it is of")
         self.model.load_state_dict(state)
-        self.losses = {k[len("losses.") :]: v for k, v in tensors.items() if k.startswith("losses.")}
-        self.history, self.before, self.seconds = notes["history"], notes["before"], notes["seconds"]
-        self.process.done, self.process.stopped = notes["done"], notes["stopped"]
-        self.process.load({k[len("process.") :]: v for k, v in tensors.items() if k.startswith("process.")})
+
+    def _finished(self) -> Result:
+        """The result of the finished run in ``out``, its weights put into the model."""
+        found = report.read_report(self.out)
+        self._must_agree(found["run"], self.out / REPORT)
+        before, after = (dict(found["methods"][name]["seeds"][0]) for name in ("original", self.name))
+        seconds, peak_mb = after["seconds"], after["peak_mb"]
+        for row in (before, after):
+            del row["seed"], row["seconds"], row["peak_mb"]
+        history = [{k: v for k, v in row.items() if v is not None} for row in report.read_history(self.out)]
+        losses = storage.load_tensors(self.out / report.LOSSES)
+        self._put(storage.load_tensors(self.out / MODEL), self.out / MODEL)
+        return Result(
+            self.model, self.name, self.method, self.seed, before, after, seconds, peak_mb, history, losses, found["facts"],
+            found["task"], self.settings, found["run"],
+        )  # fmt: skip
 
 
 def _floats(row: dict) -> dict:
@@ -288,46 +353,6 @@ def task_facts(test) -> dict:
     classes = {name: [test.class_names[i] for i in fine.unique().tolist()]
                for name, fine in zip(NAMES, test.test_fine)}  # fmt: skip
     return {"forget": classes["forget"], "classes": classes, "num_classes": len(test.label_names)}
-
-
-def _refuse_bad_parameters(model: nn.Module) -> None:
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model: no trainable parameter; set requires_grad_(True) on those that shall be changed")
-    for name, p in model.named_parameters():
-        if p.is_meta:
-            raise ValueError(f"model: parameter {name!r} is on the meta device and has no values; load the weights first")
-        if not torch.isfinite(p.detach()).all():
-            raise ValueError(f"model: parameter {name!r} holds NaN or infinite values; load weights that are finite")
-
-
-@torch.no_grad()
-def _refuse_bad_labels(model: nn.Module, data: Data, loss) -> None:
-    """One sample of each set through the model: shapes go together and labels are in range."""
-    from .methods.training import in_mode
-
-    for name in NAMES:
-        samples = getattr(data, name)
-        x, y = samples.take(torch.arange(min(2, len(samples))))
-        with in_mode(model, False):
-            try:
-                output = model(x)
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(f"{name}: the model cannot take {x.dtype} samples of shape {tuple(x.shape[1:])}: {error}; "
-                                 "give them as it was trained on") from error  # fmt: skip
-            values = loss(output, y) if loss is not sample_cross_entropy else None
-        if values is not None:
-            if values.shape != (len(x),):
-                raise ValueError(f"loss: gave shape {tuple(values.shape)} for {len(x)} samples; needs one per sample, (n,), "
-                                 "not reduced")  # fmt: skip
-            continue
-        classes = output.shape[-1]
-        labels = samples.tensors[1] if samples.tensors else y
-        if labels.is_floating_point():
-            raise ValueError(f"{name}: labels are {labels.dtype}; needs int64 class indices: use .long()")
-        if labels.min() < 0 or labels.max() >= classes:
-            bad = int(labels.max()) if labels.max() >= classes else int(labels.min())
-            raise ValueError(f"{name}: label {bad} is outside [0, {classes}), the classes the model predicts; "
-                             "check the labels or the model")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -350,42 +375,27 @@ def _deferred_interrupt() -> Iterator:
         signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def _bar(progress: bool, name: str, process: Process) -> Iterator:
-    if not progress:
-        yield lambda process: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False, overwrite: bool = False) -> Result:
+    """The job of ``entangle-fast unlearn CONFIG.toml``: task and model from the config, artefacts into config.run.out.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(name, total=process.total, completed=process.done)
-
-        def advance(process):
-            bar.update(task, completed=process.done, description=f"{name} {process.where()[0]}")
-
-        yield advance
-
-
-def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False) -> Result:
-    """The job of ``entangle-fast unlearn CONFIG.toml``: task and model from the config, artefacts into config.run.out."""
+    resume, overwrite and what is raised: as in `unlearn`.
+    """
     from . import tasks
 
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    options = config.run
+    refuse_used(options.out, resume, overwrite)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     task = load_task(config.task)
-    model = _load_model(tasks, config.model).to(config.run.device)
+    model = _load_model(tasks, config.model).to(options.device)
     sets = task.split(config.task.adjacency, model=model)
-    out = Path(config.run.out)
-    if not (resume and (out / "config.toml").exists()):
-        storage.save_toml(out / "config.toml", configs.to_dict(config))
-    result = unlearn(
-        model, **sets.train._asdict(), method=config.method, test=sets, seed=config.run.seed, out=out, resume=resume,
-        progress=config.run.progress, checkpoint_every=config.run.checkpoint_every, eval_every=config.run.eval_every,
-    )  # fmt: skip
-    result.task |= {"dataset": config.task.dataset, "labels": config.task.labels}
-    storage.save_json(out / report.REPORT, result.report())
-    return result
+    run = _Run(model, sets.train, config.method, sets, sample_cross_entropy, options.seed, options.out, options.checkpoint_every,
+               options.eval_every)  # fmt: skip
+    run.settings = configs.to_dict(config)
+    run.task |= {"dataset": config.task.dataset, "labels": config.task.labels}
+    if not resume or not any((run.out / name).exists() for name in (CHECKPOINT, REPORT)):
+        storage.save_toml(run.out / CONFIG, run.settings)  # what --resume is given after a run that died
+    return run.go(resume, options.progress)
 
 
 def load_task(c: configs.TaskConfig):

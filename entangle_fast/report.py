@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from entangle_fast.facts import meaning
 from entangle_fast.storage import CheckpointError, atomic_write, load_json, load_tensors, save_json
 
 REPORT, HISTORY, LOSSES = "report.json", "history.csv", "losses.safetensors"
+CHECKPOINT, CONFIG = "checkpoint.safetensors", "config.toml"  # of a run that is not finished, and of one from a file
 SETS = ("forget", "adjacent", "remote")
 REFERENCES = ("original", "retrain")  # what the methods are measured against
 HISTORY_COLUMNS = (
@@ -132,6 +134,8 @@ def read_report(run_dir: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(run_dir) / REPORT
     if not path.is_file():
+        if mend := how_to_go_on(run_dir):
+            raise FileNotFoundError(f"{run_dir}: the run is not finished; go on with {mend}")
         raise FileNotFoundError(f"{path}: no such file; give the folder of a finished run")
     report = load_json(path)
     methods = report.get("methods")
@@ -142,11 +146,20 @@ def read_report(run_dir: str | os.PathLike) -> dict[str, Any]:
             if not isinstance(method.setdefault(key, kind()), kind):
                 raise CheckpointError(f"{path}: methods.{name}.{key} is no {kind.__name__}; run again to write it anew")
         method["seeds"] = [seed for seed in method["seeds"] if isinstance(seed, dict)]
-    for key in ("task", "facts", "machine", "versions"):
+    for key in ("task", "facts", "run", "machine", "versions"):
         if not isinstance(report.get(key), dict):
             report[key] = {}
     report["figures"] = [f for f in report.get("figures") or [] if isinstance(f, str)]
     return report
+
+
+def how_to_go_on(run_dir: str | os.PathLike) -> str | None:
+    """What resumes the run whose checkpoint lies in the folder; None without one."""
+    run_dir = Path(run_dir)
+    if not (run_dir / CHECKPOINT).is_file():
+        return None
+    config = run_dir / CONFIG
+    return f"entangle-fast unlearn {config} --resume" if config.is_file() else f"ef.unlearn(…, out={str(run_dir)!r}, resume=True)"
 
 
 def rebuild(run_dir: str | os.PathLike, console: Console | None = None) -> dict[str, Any]:
@@ -159,7 +172,10 @@ def rebuild(run_dir: str | os.PathLike, console: Console | None = None) -> dict[
     if report["figures"] != drawn:
         report["figures"] = drawn
         save_json(run_dir / REPORT, report)
-    table(report, console or Console(), run_dir)
+    console = console or Console()
+    table(report, console, run_dir)
+    if mend := how_to_go_on(run_dir):
+        console.print(Text(f"A later run into this folder is not finished; go on with {mend}", style="yellow"), soft_wrap=True)
     return report
 
 
@@ -227,8 +243,12 @@ def table(report: Mapping[str, Any], console: Console, run_dir: str | os.PathLik
     if lines := list(_flat(report.get("facts") or {})):
         console.print()
         console.print(Text("Measured on this run", style="bold"))
+        widest = max(len(f"  {key}: {value}") for key, value in lines)
         for key, value in lines:
-            console.print(Text(f"  {key}: {value}"), soft_wrap=True)
+            line = Text(f"  {key}: {value}")
+            if text := meaning(key):
+                line = Text(f"{line.plain:{widest}}  ").append(text, style="dim")
+            console.print(line, soft_wrap=True)
     if report.get("figures"):
         console.print()
         console.print(Text("Figures", style="bold"))

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from entangle_fast import cli
 from entangle_fast.config import ConfigError
+from entangle_fast.methods import METHODS
 from entangle_fast.report import REPORT, aggregate
 from entangle_fast.storage import CheckpointError, save_json
 
@@ -35,8 +36,8 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "entangle_fast.methods", SimpleNamespace(METHODS={"entangled": Method}))
     calls = []
 
-    def unlearn_from_config(config, resume):
-        calls.append((config, resume))
+    def unlearn_from_config(config, resume, overwrite):
+        calls.append((config, resume, overwrite))
         got.work(Path(config.run.out))
 
     monkeypatch.setitem(sys.modules, "entangle_fast.job", SimpleNamespace(unlearn_from_config=unlearn_from_config))
@@ -59,23 +60,13 @@ def call(*args):
 def test_unlearn(job):
     done = call("unlearn", job.path, "--out", job.out, "--no-progress")
     assert done.exit_code == 0, done.output
-    ((config, resume),) = job.calls
-    assert not resume and config.run.out == str(job.out) and not config.run.progress and config.method.alpha == 0.5
+    ((config, *how),) = job.calls
+    assert how == [False, False] and config.run.out == str(job.out) and not config.run.progress and config.method.alpha == 0.5
     assert "95.0" in done.output and (job.out / "frontier.png").exists()
     assert call("unlearn", job.path, "--resume").exit_code == 0
-    config, resume = job.calls[1]
-    assert resume and config.run.out == "runs/run" and config.run.progress
-
-
-def test_a_finished_run_is_not_overwritten_unasked(job):
-    assert call("unlearn", job.path, "--out", job.out).exit_code == 0
-    for more in ([], ["--resume"]):
-        done = call("unlearn", job.path, "--out", job.out, *more)
-        assert done.exit_code == 2 and "holds a finished run; give another --out, or --overwrite" in done.stderr
-    assert len(job.calls) == 1
-    assert call("unlearn", job.path, "--out", job.out, "--overwrite").exit_code == 0 and len(job.calls) == 2
-    (job.out / "checkpoint.safetensors").touch()  # the second run was stopped
-    assert call("unlearn", job.path, "--out", job.out, "--resume").exit_code == 0 and len(job.calls) == 3
+    config, *how = job.calls[1]
+    assert how == [True, False] and config.run.out == "runs/run" and config.run.progress
+    assert call("unlearn", job.path, "--overwrite").exit_code == 0 and job.calls[2][1:] == (False, True)
 
 
 def test_user_errors_are_one_line(job):
@@ -183,7 +174,31 @@ def test_report(tmp_path):
     assert done.exit_code == 2 and "give the folder of a finished run" in done.stderr
 
 
-def test_help_and_version():
+def test_report_of_a_run_that_is_not_finished(tmp_path):
+    (tmp_path / "checkpoint.safetensors").touch()
+    done = call("report", tmp_path)
+    assert done.exit_code == 2 and f"{tmp_path}: the run is not finished; go on with ef.unlearn(" in done.stderr
+    (tmp_path / "config.toml").write_text(JOB)
+    mend = f"entangle-fast unlearn {tmp_path}/config.toml --resume"
+    assert f"not finished; go on with {mend}" in call("report", tmp_path).stderr
+    finish(tmp_path)  # of a run before that
+    done = call("report", tmp_path)
+    assert done.exit_code == 0 and "98.0" in done.output
+    assert f"A later run into this folder is not finished; go on with {mend}" in done.output
+
+
+def test_doctor_verbose(monkeypatch):
+    from entangle_fast import doctor
+
+    asked = []
+    monkeypatch.setattr(doctor, "doctor", lambda console, verbose: asked.append(verbose))
+    assert call("doctor").exit_code == call("doctor", "--verbose").exit_code == 0 and asked == [False, True]
+
+
+def test_help_and_version(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = " ".join(call("compare", "--help").output.replace("│", " ").split())
+    assert f"Names with commas, of {', '.join(METHODS)}. Default: all" in words and "Default: 3." in words
     assert all(name in call("--help").output for name in ("demo", "unlearn", "compare", "report", "doctor"))
     assert "entangle-fast" in call("--version").output
 

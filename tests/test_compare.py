@@ -102,7 +102,7 @@ def test_a_comparison(tmp_path, inline):
     assert {"finetune", "gradient_ascent", "neggrad"} < found["methods"].keys() and found["missing"] == ["neggrad-1"]
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path, inline, monkeypatch):
+def test_it_goes_on_where_it_was_stopped(tmp_path, inline, monkeypatch, capsys):
     whole, work = compare.run(settings(tmp_path / "whole")), compare._Crew.work
 
     def stopped(crew, task):
@@ -118,8 +118,10 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, inline, monkeypatch):
     assert "not run yet: gradient_ascent-0" in printed(kept)
     monkeypatch.setattr(compare._Crew, "work", work)
     inline.clear()
-    found = compare.run(settings(tmp_path / "cut"))
+    found = compare.run(settings(tmp_path / "cut", progress=True))
     assert inline == [Task("gradient_ascent", 0)]
+    lines = [re.sub(r"\d+ s", "0 s", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["compare: 0 of 1 cells, 0 s", "compare: 0 of 1 cells, 0 s, gradient ascent 0", "compare: 1 of 1 cells, 0 s, done"]
     for name in whole["methods"]:
         a, b = ({k: v for k, v in r["methods"][name]["seeds"][0].items() if k not in ("seconds", "peak_mb")} for r in (whole, found))
         assert a == b, name
@@ -145,9 +147,11 @@ def test_a_cell_that_fails(tmp_path, inline, monkeypatch):
     assert inline == [Task("gradient_ascent", 0)] and not found["failed"] and "gradient_ascent" in found["methods"]
 
 
-def test_an_original_that_fails(tmp_path, monkeypatch):
+def test_an_original_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare._Crew, "work", lambda crew, task: "killed by SIGKILL")
-    found = compare.run(settings(tmp_path))
+    found = compare.run(settings(tmp_path, progress=True))
+    lines = [re.sub(r"\d+ s", "0 s", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["compare: 0 of 4 cells, 0 s", "compare: 0 of 4 cells, 0 s, train 0", "compare: 4 of 4 cells, 0 s, done"]
     assert not found["methods"] and not found["missing"]
     assert {f["method"]: f["error"] for f in found["failed"]} == {
         "original": "killed by SIGKILL", "gradient_ascent": NO_ORIGINAL, "retrain": NO_ORIGINAL

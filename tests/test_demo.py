@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -62,19 +63,22 @@ def _timeless(found):
     return rows, found["task"], found["facts"]
 
 
-def test_what_was_done_is_kept_when_it_is_interrupted(tmp_path, monkeypatch):
+def test_what_was_done_is_kept_when_it_is_interrupted(tmp_path, monkeypatch, capsys):
     train, seeds = demo.train_original, []
 
-    def stopped(task, sets, seed, quick):
+    def stopped(task, sets, seed, quick, progress):
         if seed == 1:
             raise KeyboardInterrupt
         seeds.append(seed)
-        return train(task, sets, seed, quick)
+        return train(task, sets, seed, quick, progress)
 
     monkeypatch.setattr(demo, "train_original", stopped)
     monkeypatch.setattr(demo, "methods", lambda quick=False: [Entangled(epochs1=0.3, epochs2=0.5)])
     with pytest.raises(KeyboardInterrupt):
-        demo.run(seeds=3, out=tmp_path, quick=True, progress=False)
+        demo.run(seeds=3, out=tmp_path, quick=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "training, seed 0: 0 of 1 epochs, 0 s" and re.match(r"training, seed 0: 1 of 1 epochs, \d+ s, done", lines[1])
+    assert lines[2].startswith("entangled: 0 of ") and lines[-1].startswith("entangled: ") and lines[-1].endswith(" s, done")
     row = json.loads((tmp_path / report.REPORT).read_text())["methods"]["entangled"]
     assert seeds == [0] and [s["seed"] for s in row["seeds"]] == [0]
 

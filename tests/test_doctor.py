@@ -20,9 +20,9 @@ def table(monkeypatch):
     monkeypatch.setitem(sys.modules, "entangle_fast.dispatch", SimpleNamespace(table=lambda: TABLE))
 
 
-def printed(width=100):
+def printed(width=100, verbose=False):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))
-    D.doctor(console)
+    D.doctor(console, verbose)
     return console.export_text()
 
 
@@ -67,6 +67,20 @@ def test_doctor_prints_the_mends(table, monkeypatch, width):
         assert part in words
     monkeypatch.setenv(D.THP, "1")
     assert f"{D.THP} is on" in " ".join(printed().split())
+
+
+def test_gpu_kernels_are_counted_unless_one_asks_for_names(monkeypatch):
+    runs = {f"op{i}/{'cuda' if i % 3 else 'triton'}": "not yet run on a GPU" for i in range(12)}
+    runs |= {"gram/triton": "ran on H100", "w2_sorted/cuda": "WRONG on H100"} | {f"bad{i}/cuda": "WRONG on A100" for i in range(5)}
+    whole = {**D.report(), "gpu_runs": runs}
+    monkeypatch.setattr(D, "report", lambda: whole)
+    lines = printed().split("GPU kernels\n")[1].splitlines()
+    assert lines == [
+        "  4 triton and 8 cuda kernels (--verbose names them): not yet run on a GPU", "  gram/triton: ran on H100",
+        "  w2_sorted/cuda: WRONG on H100", *(f"  bad{i}/cuda: WRONG on A100" for i in range(5)),
+    ]  # fmt: skip
+    lines = printed(verbose=True).split("GPU kernels\n")[1].splitlines()
+    assert sorted(lines) == sorted(f"  {kernel}: {line}" for kernel, line in runs.items())
 
 
 def test_a_broken_dispatch_is_reported_not_raised(monkeypatch):

@@ -398,6 +398,10 @@ POINTS = TensorDataset(*(torch.cat([s[i] for s in sets().values()]) for i in (0,
     ({"remote": (torch.zeros(5, 6), torch.zeros(4).long())}, "remote: 5 samples but 4 labels"),
     ({"remote": (torch.zeros(5, 7), torch.zeros(5).long())}, "remote: samples of shape .7,., but .6,. in forget"),
     ({"forget": (torch.zeros(5, 6).double(), torch.zeros(5).long())}, "forget: the model cannot take torch.float64 samples"),
+    ({"test": sets()["forget"]}, "test: got tuple; needs a tasks.Sets, or the three"),
+    ({"test": {**sets(), "forget": (torch.zeros(5, 6), torch.zeros(5).int())}}, "test.forget: labels are torch.int32; needs int64"),
+    ({"remote": (torch.zeros(5, 6), torch.zeros(5).int())}, "remote: labels are torch.int32; needs int64"),
+    ({"remote": (torch.zeros(5, 6), torch.zeros(5, 4).long())}, "remote: labels have shape .5, 4.; needs class indices"),
     ({"forget": [1, 2, 3]}, "forget: got list; needs .x, y. tensors or a map-style Dataset"),
     ({"forget": Bare()}, "forget: got Bare"),
     ({"loss": lambda output, y: nn.functional.cross_entropy(output, y)}, "loss: gave shape .. for 2 samples; .*not reduced"),
@@ -436,13 +440,13 @@ def wider():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"method": Entangled(**SMALL, alpha=0.25)}, "was written by a run with config"),
+    ({"method": Entangled(**SMALL, alpha=0.25)}, "was written by a run with config.alpha 0.5, this one has 0.25"),
     ({"method": FineTune()}, "was written by a run with method entangled"),
     ({"seed": 1}, "was written by a run with seed 0, this one has 1"),
-    ({"forget": sets(forget=12)["forget"]}, "was written by a run with samples"),
+    ({"forget": sets(forget=12)["forget"]}, "forget: got 12 samples with digest .*, the run in .* had 20 samples with digest"),
     ({"model": nn.Sequential(nn.Linear(6, 4))}, "does not fit this model"),
     ({"model": wider()}, "does not fit this model, first at '5.bias'"),
-    ({"model": net(torch.float64), **sets(torch.float64)}, "does not fit this model, first at '0.bias'"),
+    ({"model": net(torch.float64), **sets(torch.float64)}, "forget: got 20 samples with digest"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run(change, message, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -454,6 +458,85 @@ def test_a_checkpoint_of_another_run(change, message, tmp_path, monkeypatch):
     with pytest.raises(storage.CheckpointError, match=message):
         go(model, **{"out": tmp_path, "resume": True, **change})
     assert (tmp_path / CHECKPOINT).read_bytes() == good and same(bits(model), start)
+
+
+def cut(folder, monkeypatch, **options):
+    """A run that died with a checkpoint."""
+    with monkeypatch.context() as patch:
+        die_at(patch, 4)
+        with pytest.raises(Die):
+            go(out=folder, checkpoint_every=2, **options)
+
+
+def other(x, y):
+    """One bit of one sample, one label, the order, one sample less."""
+    changed, relabelled, order = x.clone(), y.clone(), torch.arange(len(x))
+    changed.view(torch.int32)[-1, -1] ^= 1
+    relabelled[3] = (relabelled[3] + 1) % CLASSES
+    order[[0, 1]] = order[[1, 0]]
+    return [(changed, y), (x, relabelled), (x[order], y[order]), (x[:-1], y[:-1])]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_data_are_not_gone_on_with(finished, tmp_path, monkeypatch):
+    tests = sets(forget=8)
+    if finished:
+        go(out=tmp_path, test=tests)
+    else:
+        cut(tmp_path, monkeypatch, test=tests)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    model, start = trained(), bits(trained())
+    for name in ("forget", "adjacent", "remote"):
+        for pair in other(*sets()[name]):
+            with pytest.raises(storage.CheckpointError, match=f"^{name}: got .*the run in .* had .*; give the same samples in the same"):
+                go(model, out=tmp_path, resume=True, test=tests, **{name: pair})
+    for pair in other(*tests["forget"]):
+        with pytest.raises(storage.CheckpointError, match="^test.forget: got"):
+            go(model, out=tmp_path, resume=True, test=tests | {"forget": pair})
+    with pytest.raises(storage.CheckpointError, match="^test.forget: got none, the run in .* had 8 samples"):
+        go(model, out=tmp_path, resume=True)
+    assert same(bits(model), start) and before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+    wrapped = {name: TensorDataset(*pair) for name, pair in sets().items()}  # the same bytes
+    assert same(bits(go(out=tmp_path, resume=True, test=tests, **wrapped).model), bits(go().model))
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path, monkeypatch):
+    cut(tmp_path, monkeypatch)
+    model, start, before = trained(), bits(trained()), (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match=r"out: .* not finished; resume=True \(--resume\) goes on with it, overwrite=True \(--overwrite\)"):
+        go(model, out=tmp_path)
+    with pytest.raises(ValueError, match="resume, overwrite: got both"):
+        go(model, out=tmp_path, resume=True, overwrite=True)
+    assert same(bits(model), start) and (tmp_path / CHECKPOINT).read_bytes() == before
+    whole = go(model, out=tmp_path, overwrite=True)
+    assert same(bits(model), bits(go().model)) and not (tmp_path / CHECKPOINT).exists()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    model = trained()
+    with pytest.raises(ValueError, match="out: .* holds a finished run; give another folder, or overwrite=True"):
+        go(model, out=tmp_path, seed=1)
+    assert same(bits(model), start) and before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+    again = go(out=tmp_path, method=FineTune(epochs=0.5), overwrite=True)
+    text = (tmp_path / "config.toml").read_text()
+    assert 'name = "finetune"' in text and "alpha" not in text  # nothing of the run before
+    assert same(storage.load_tensors(tmp_path / "model.safetensors"), bits(again.model)) and again.before == whole.before
+
+
+@pytest.mark.parametrize("method, tests", [("means", sets(forget=8)), ("finetune", None)])
+def test_a_finished_run_gives_its_result_again(method, tests, tmp_path, monkeypatch, capsys):
+    whole = go(method=method, out=tmp_path, eval_every=3, test=tests)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        die_at(patch, 0)  # no step is taken
+        again = unlearn(net(seed=3), **sets(), method=METHODS[method], out=tmp_path, eval_every=3, test=tests, resume=True)
+    assert f"{tmp_path} holds the finished run; nothing is left to do" in capsys.readouterr().err
+    assert same(bits(again.model), bits(whole.model)) and same(again.losses, whole.losses)
+    for name in ("method", "config", "seed", "before", "after", "seconds", "peak_mb", "history", "facts", "task", "settings", "run"):
+        assert getattr(again, name) == getattr(whole, name), name
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(storage.CheckpointError, match="was written by a run with seed 0, this one has 1"):
+        go(method=method, out=tmp_path, test=tests, resume=True, seed=1)
+    with pytest.raises(storage.CheckpointError, match="model.safetensors: does not fit this model"):
+        go(wider(), method=method, out=tmp_path, test=tests, resume=True)
 
 
 def test_a_checkpoint_cut_off(tmp_path):
@@ -499,9 +582,43 @@ def test_from_a_config_file_through_the_command_line(tmp_path):
     assert len(found["methods"]["entangled"]["per_class"]) >= 4 and found["methods"]["entangled"]["seconds"]
     text = (tmp_path / "run" / "config.toml").read_text()
     assert 'forget = ["Sneaker"]' in text and "alpha = 0.5" in text
+    assert "entangled: 0 of " not in done.stderr  # progress = false
+    first = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".png"}
+    done = CliRunner().invoke(cli.app, ["unlearn", str(path)])
+    assert done.exit_code == 2 and "holds a finished run; give another folder, or overwrite=True (--overwrite)" in done.stderr
+    path.write_text(path.read_text().replace("progress = false", "progress = true"))
+    done = CliRunner().invoke(cli.app, ["unlearn", str(path), "--resume"])
+    assert done.exit_code == 0 and "holds the finished run; nothing is left to do" in done.stderr and "Test accuracy" in done.stdout
+    assert first == {p: p.read_bytes() for p in first}
     path.write_text(CONFIG.format(out=tmp_path / "run").replace("epochs1", "epoch1"))
     done = CliRunner().invoke(cli.app, ["unlearn", str(path)])
     assert done.exit_code == 2 and "method.epoch1: unknown key; did you mean 'epochs1'?" in done.stderr.replace("\n", " ")
+
+
+def test_the_command_that_report_proposes(tmp_path, monkeypatch):
+    """An interrupted run: refused without --resume, explained by report, and finished by the line that report says."""
+    from typer.testing import CliRunner
+
+    from entangle_fast import cli
+
+    path, run = tmp_path / "job.toml", tmp_path / "run"
+    path.write_text(CONFIG.format(out="elsewhere"))
+    with monkeypatch.context() as patch:
+        die_at(patch, 2, KeyboardInterrupt)
+        path.write_text(path.read_text().replace("progress = false", "checkpoint_every = 1"))
+        done = CliRunner().invoke(cli.app, ["unlearn", str(path), "--out", str(run)])
+    assert "entangled: 0 of " in done.stderr and "steps, 0 s, stage1" in done.stderr
+    assert done.exit_code == 130 and f"go on with: entangle-fast unlearn {path} --out {run} --resume" in done.stderr
+    done = CliRunner().invoke(cli.app, ["unlearn", str(path), "--out", str(run)])
+    assert done.exit_code == 2 and "holds a run that is not finished; resume=True (--resume) goes on with it" in done.stderr
+    done = CliRunner().invoke(cli.app, ["report", str(run)])
+    assert done.exit_code == 2
+    command = done.stderr.strip().split("go on with entangle-fast ")[1].split()
+    assert command == ["unlearn", str(run / "config.toml"), "--resume"]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0 and (run / "report.json").exists() and not (run / CHECKPOINT).exists()
+    assert "entangled: 2 of " in done.stderr and " s, done" in done.stderr
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_class_and_a_model_without_values_are_refused():

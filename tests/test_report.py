@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from entangle_fast import report as R
+from entangle_fast.facts import MEANINGS, meaning
 from entangle_fast.figures import write_figures
 from entangle_fast.storage import CheckpointError, save_json, save_tensors
 
@@ -268,6 +269,27 @@ def test_report_files_that_cannot_be_used(tmp_path):
         (tmp_path / R.REPORT).write_text(json.dumps(bad))
         with pytest.raises(CheckpointError, match="report.json"):
             R.read_report(tmp_path)
+
+
+def test_what_was_measured_is_explained():
+    facts = {"first_order": {"applies": True, "order_forget": 2.01, "order_adjacent": 1.0}, "forget_bound": {"m": {"min": 1.5, "q05": 2.0}},
+             "protected": {"0.weight": [3, 9]}, "of_another_method": 7}  # fmt: skip
+    report = {"methods": {"m": R.aggregate([{"forget": 1.0}])}, "facts": facts}
+    lines = dict(line.strip().split(": ", 1) for line in render(report, width=60).split("Measured on this run\n")[1].splitlines())
+    assert "good: near 2" in lines["first_order order_forget"] and "good: near 1" in lines["first_order order_adjacent"]
+    assert "smallest" in lines["forget_bound m min"] and "left out" in lines["forget_bound m q05"]
+    assert lines["protected 0.weight"].startswith("[3, 9]  ") and lines["of_another_method"] == "7"
+
+
+def test_every_fact_of_a_run_has_a_line():
+    from small import sets, trained
+
+    import entangle_fast as ef
+
+    method = ef.Entangled(remote_batch1=16, forget_batch1=8, adjacent_batch2=8, forget_batch2=8, remote_batch2=12, epochs1=0.4, epochs2=0.7)
+    keys = [key for key, _ in R._flat(ef.unlearn(trained(steps=5), **sets(), method=method, progress=False).facts)]
+    assert len(keys) > 15 and all(meaning(key) for key in keys)
+    assert all(any(key.startswith(start) for key in (*keys, "first_order why", "protected x")) for start in MEANINGS)
 
 
 def test_machine_info():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
+from itertools import combinations
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from .training import batch_order
 
@@ -33,13 +35,18 @@ class SampleSet:
         self.tensors, self.dataset = None, None
         if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
             x, y = data
+            if not (x.dim() and y.dim()):
+                raise ValueError(f"{name}: got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}; needs a row for each sample")
             if len(x) != len(y):
                 raise ValueError(f"{name}: {len(x)} samples but {len(y)} labels; needs one label per sample")
             self.tensors = (x, y)
         elif isinstance(data, Dataset):
             self.dataset = data
         else:
-            raise ValueError(f"{name}: got {type(data).__name__}; needs (x, y) tensors or a map-style Dataset")
+            got = type(data).__name__
+            if isinstance(data, (tuple, list)) and len(data) == 2:
+                got += f" of {' and '.join(type(part).__name__ for part in data)}"
+            raise ValueError(f"{name}: got {got}; needs (x, y) tensors or a map-style Dataset")
         if len(self) == 0:
             raise ValueError(f"{name}: got no samples; needs at least one")
 
@@ -51,8 +58,35 @@ class SampleSet:
         if self.tensors:
             x, y = (t[rows.to(t.device)] for t in self.tensors)
         else:
-            x, y = default_collate([self.dataset[i] for i in rows.tolist()])
+            found = default_collate([self.dataset[i] for i in rows.tolist()])
+            if not (isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
+                kinds = f" of {', '.join(type(t).__name__ for t in found)}" if isinstance(found, (tuple, list)) else ""
+                raise ValueError(f"{self.name}: its batches are a {type(found).__name__}{kinds}; needs samples that are pairs (x, y)")
+            x, y = found
         return x.to(self.device), y.to(self.device)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All samples at once, tensors on the device where they lie."""
+        return self.tensors or self.take(torch.arange(len(self)))
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits that other samples, labels, or another order of them do not share.
+
+        Of tensors, also in a TensorDataset or Subsets of one: every byte, read once. Of any other Dataset, whose samples
+        may be slow to read or drawn anew each time: its class, length, Subset rows and ``targets``, where it has them.
+        """
+        if self.tensors:
+            return _digest(self.tensors)
+        base, rows = _rows_of(self.dataset)
+        if type(base) is TensorDataset:
+            return _digest(t if isinstance(rows, range) else t[torch.tensor(rows, device=t.device)] for t in base.tensors)
+        found = [torch.tensor(rows)]
+        try:
+            found.append(torch.as_tensor(getattr(base, "targets", ())))
+        except (TypeError, ValueError, RuntimeError):
+            pass  # not numbers
+        return _digest(found, type(base).__qualname__)
 
     def batch(self, number: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Training batch ``number`` of the cycled set: (rows, x, y)."""
@@ -112,22 +146,42 @@ class Data:
         return [(self.adjacent, near), (self.remote, max(1, size - near))]
 
 
+def measured_sets(test, device) -> dict[str, SampleSet] | None:
+    """The three sets that a model is measured on: of a tasks.Sets, or of a mapping of their names to what SampleSet takes.
+
+    Raises ValueError for anything else; None stays None.
+    """
+    if test is None:
+        return None
+    if hasattr(test, "test_fine"):
+        test = test.test._asdict()
+    needs = "needs a tasks.Sets, or the three as in {'forget': (x, y), 'adjacent': (x, y), 'remote': (x, y)}"
+    if not isinstance(test, Mapping):
+        raise ValueError(f"test: got {type(test).__name__}; {needs}")
+    if missing := [name for name in NAMES if name not in test]:
+        raise ValueError(f"test: got {list(test)} without {', '.join(map(repr, missing))}; {needs}")
+    return {name: SampleSet(f"test.{name}", test[name], device, 0) for name in NAMES}
+
+
 def _refuse_overlap(sets: list[SampleSet]) -> None:
     """The same sample, with the same label, in two sets. Datasets are compared by identity, and Subsets by their rows."""
-    for i, left in enumerate(sets):
-        for right in sets[i + 1 :]:
-            shared = 0
-            if left.tensors and right.tensors:
-                _same_shape(left, right)
-                shared = len(_keys(*left.tensors) & _keys(*right.tensors))
-            elif left.dataset is not None and right.dataset is not None:
-                (a, mine), (b, theirs) = _rows_of(left.dataset), _rows_of(right.dataset)
-                shared = len(set(mine) & set(theirs)) if a is b else 0
-            if shared:
-                raise ValueError(
-                    f"{right.name}: {shared} of its samples are also in {left.name}; the sets must be disjoint: take them "
-                    "out of one (allow_overlap=True if they are meant to be equal)"
-                )
+    pairs = list(combinations(sets, 2))
+    for left, right in pairs:
+        if left.tensors and right.tensors:
+            _same_shape(left, right)
+    keys = {s.name: _keys(*s.tensors) for s in sets if s.tensors}
+    for left, right in pairs:
+        shared = 0
+        if left.tensors and right.tensors:
+            shared = len(keys[left.name] & keys[right.name])
+        elif left.dataset is not None and right.dataset is not None:
+            (a, mine), (b, theirs) = _rows_of(left.dataset), _rows_of(right.dataset)
+            shared = len(set(mine) & set(theirs)) if a is b else 0
+        if shared:
+            raise ValueError(
+                f"{right.name}: {shared} of its samples are also in {left.name}; the sets must be disjoint: take them "
+                "out of one (allow_overlap=True if they are meant to be equal)"
+            )
 
 
 def _same_shape(left: SampleSet, right: SampleSet) -> None:
@@ -140,6 +194,15 @@ def _keys(x: Tensor, y: Tensor) -> set[bytes]:
     """A digest of each sample with its label."""
     rows = [t.detach().cpu().contiguous().reshape(len(t), -1).view(torch.uint8).numpy() for t in (x, y)]
     return {blake2b(a.tobytes() + b.tobytes(), digest_size=16).digest() for a, b in zip(*rows)}
+
+
+def _digest(tensors: Iterable[Tensor], label: str = "") -> str:
+    found = blake2b(label.encode(), digest_size=16)
+    for t in tensors:
+        found.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        for part in t.detach().split(max(1, (len(t) << 24) // max(1, t.nbytes))):  # 16 MB: a copy, where one is needed, is small
+            found.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _rows_of(dataset: Dataset) -> tuple[Dataset, Sequence[int]]:

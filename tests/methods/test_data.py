@@ -3,9 +3,9 @@
 import pytest
 import torch
 from small import data, sets
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from entangle_fast.methods.data import Data, SampleSet
+from entangle_fast.methods.data import Data, SampleSet, measured_sets
 
 
 def test_a_pass_visits_every_sample_once_and_the_next_in_another_order():
@@ -73,3 +73,78 @@ def test_streams_are_refused():
 
     with pytest.raises(ValueError, match="forget: got Stream; needs .x, y. tensors or a map-style Dataset with a length"):
         SampleSet("forget", Stream(), "cpu", 0)
+
+
+def digest(data):
+    return SampleSet("forget", data, "cpu", 0).digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool])
+def test_every_byte_of_tensors_is_in_their_digest(dtype):
+    x, y = (100 * torch.rand(9000, 2, 3)).to(dtype), torch.arange(9000) % 5
+    one = digest((x, y))
+    assert one == digest((x.clone(), y.clone())) == digest((x.transpose(1, 2).contiguous().transpose(1, 2), y)) and len(one) == 32
+    assert one == digest(TensorDataset(x, y)) == digest(Subset(Subset(TensorDataset(x, y), range(9000)), range(9000)))
+    changed, relabelled, order = x.clone(), y.clone(), torch.arange(9000)
+    changed.view(torch.uint8)[8999, 1, 2] ^= 1
+    relabelled[4500] += 1
+    order[[7, 8]] = order[[8, 7]]
+    others = [(changed, y), (x, relabelled), (x[order], y[order]), (x[:-1], y[:-1]), (x.flatten(1), y), (x, y.int())]
+    found = [digest(other) for other in others]
+    assert one not in found and len(set(found)) == len(found)
+    assert digest(Subset(TensorDataset(x, y), order.tolist())) == found[2]
+
+
+class Read(Dataset):
+    """Samples that differ at each read, as augmented ones do; labels that are known without."""
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return torch.rand(6), self.targets[i]
+
+
+def test_the_digest_of_a_dataset_needs_no_sample(monkeypatch):
+    monkeypatch.setattr(Read, "__getitem__", None)
+    one = digest(Read([0, 1, 2]))
+    assert one == digest(Read([0, 1, 2])) == digest(Read(torch.tensor([0, 1, 2])))
+    others = [Read([0, 1, 3]), Read([0, 1]), Subset(Read([0, 1, 2]), [0, 2]), Subset(Read([0, 1, 2]), [2, 0]), Read(["a", "b", "c"]),
+              type("Other", (Read,), {})([0, 1, 2])]  # fmt: skip
+    found = [digest(other) for other in others]
+    assert one not in found and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("test, message", [
+    (sets()["forget"], "test: got tuple; needs a tasks.Sets, or the three as in .'forget': .x, y."),
+    ({"forget": sets()["forget"]}, "test: got .'forget'. without 'adjacent', 'remote'; needs"),
+    ({"train": sets(), "test": sets()}, "test: got .'train', 'test'. without 'forget', 'adjacent', 'remote'; needs"),
+    ({**sets(), "remote": sets()["remote"][0]}, "test.remote: got Tensor; needs"),
+    ({**sets(), "remote": tuple(t.numpy() for t in sets()["remote"])}, "test.remote: got tuple of ndarray and ndarray; needs"),
+    ({**sets(), "remote": (torch.zeros(0, 6), torch.zeros(0).long())}, "test.remote: got no samples; needs at least one"),
+    ({**sets(), "remote": (torch.zeros(2, 6), torch.tensor(1))}, "test.remote: got x of shape .2, 6. and y of shape ..; needs a row"),
+])  # fmt: skip
+def test_sets_to_measure_on(test, message):
+    with pytest.raises(ValueError, match=message):
+        measured_sets(test, "cpu")
+
+
+def test_what_sets_to_measure_on_may_be():
+    assert measured_sets(None, "cpu") is None
+    given = {name: TensorDataset(*pair) for name, pair in sets().items()}
+    found = measured_sets({**given, "more": None}, "cpu")
+    assert list(found) == ["forget", "adjacent", "remote"]
+    assert all(torch.equal(a, b) for name, pair in sets().items() for a, b in zip(found[name].whole(), pair))
+
+
+@pytest.mark.parametrize("items", [[(1.0, 2, 3)], [{"x": 1.0, "y": 2}], [("a", 1)], [1.0]])
+def test_samples_that_are_no_pairs(items):
+    class Items(Dataset):
+        __len__ = lambda self: len(items)  # noqa: E731
+        __getitem__ = lambda self, i: items[i]  # noqa: E731
+
+    with pytest.raises(ValueError, match="forget: its batches are a .*; needs samples that are pairs .x, y."):
+        SampleSet("forget", Items(), "cpu", 0).take(torch.tensor([0]))
