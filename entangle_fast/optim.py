@@ -28,6 +28,12 @@ def _removed(kept: Tensor, total: Tensor) -> Tensor:
     return torch.where(total > 0, 1 - kept / total, 0).clamp(0, 1).sqrt()
 
 
+def _some(params: Tensors) -> list[Tensor]:
+    if not (found := list(params)):
+        raise ValueError("params: got no tensor; needs one at least")
+    return found
+
+
 def _load(mine: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Copy state into mine, or raise ValueError before anything is changed."""
     for name in mine.keys() | state.keys():
@@ -58,7 +64,7 @@ class ProjectedMomentum:
     ):  # fmt: skip
         if project not in ("momentum", "gradient"):
             raise ValueError(f"project: got {project!r}; needs 'momentum' or 'gradient'")
-        self.params = list(params)
+        self.params = _some(params)
         self.lr, self.momentum, self.weight_decay, self.ridge = lr, momentum, weight_decay, ridge
         self.carried = momentum if project == "momentum" else 0.0  # the share of the old v that is projected again
         self.buffers = [torch.zeros_like(p, requires_grad=False) for p in self.params]
@@ -128,9 +134,7 @@ class ProjectedAdamW:
         self, params: Tensors, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, ridge: float = 0.0, noise: float = 0.0, seed: int = 0,
     ):  # fmt: skip
-        self.params = list(params)
-        if not self.params:
-            raise ValueError("params: got no tensor; needs one at least")
+        self.params = _some(params)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.ridge, self.noise, self.seed = ridge, noise, seed
         wide = [torch.promote_types(p.dtype, torch.float32) for p in self.params]
@@ -180,6 +184,7 @@ def decay_noise_step(
 
     counter: 0-d int64 on the device; a captured CUDA graph that adds one to it draws fresh noise in every replay.
     """
+    params = _some(params)
     none = torch.zeros(0, dtype=torch.float64, device=params[0].device)
     ops.step_update(
         params, None, grads, [], none, lr=lr, weight_decay=weight_decay, noise=noise, seed=seed, offset=offset, counter=counter
@@ -190,7 +195,8 @@ def decay_noise_step(
 def lookahead(params: Tensors, grads: Tensors, alpha: float) -> Iterator[None]:
     """Inside the ``with`` the parameters stand at θ − alpha·g; afterwards at the very bits they had before.
 
-    One byte a parameter is held, not a copy of the model. grads must not change in between.
+    One byte a parameter is held, not a copy of the model. grads must not change in between. Autograd counts both as changes:
+    a graph that was built before cannot be differentiated afterwards.
     """
     with torch.no_grad():
         residue = ops.step_lookahead(params, grads, alpha)

@@ -9,6 +9,7 @@ from . import launch, multi
 from .step import step_gram
 
 MOST = 32  # directions: the matrix and its eigenvectors stand in one program's registers
+LEAST = tl.constexpr(1e-60)  # square of a direction, and ridge: reference/solve.py
 
 
 @triton.jit
@@ -28,10 +29,12 @@ def _solve(
     if MOMENTUM:
         inner += beta * tl.load(gram + i * lists + k, mask=i < k, other=0.0)
     square = tl.load(gram + i * lists + i, mask=i < k, other=0.0)
-    unit = tl.zeros((K,), tl.float64) + 1.0
+    long = square > LEAST
+    unit = tl.where(long, 1.0, tl.zeros((K,), tl.float64))
     if not RIDGE:
-        unit = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
+        unit = unit / tl.sqrt(tl.where(long, square, 1.0))
     a = tl.load(gram + row * lists + column, mask=(row < k) & (column < k), other=0.0) * unit[:, None] * unit[None, :]
+    zero = tl.sum(tl.sum(0 * a, 1) + 0 * inner, 0)  # NaN where anything is not finite
     v = tl.where(row == column, tl.zeros((K, K), tl.float64) + 1.0, 0.0)
     for _ in range(SWEEPS):
         for m in range(1, K):
@@ -56,7 +59,7 @@ def _solve(
     else:
         kept = value > rcond * tl.maximum(tl.max(value, 0), 0.0)
         y = tl.where(kept, y / tl.where(kept, value, 1.0), 0.0)
-    tl.store(coef + i, unit * tl.sum(v * y[None, :], 1), mask=i < k)
+    tl.store(coef + i, unit * tl.sum(v * y[None, :], 1) + zero, mask=i < k)
 
 
 def sweeps(size: int) -> int:
@@ -75,7 +78,7 @@ def step_project(
     if k:
         size = launch.power_of_2(k, low=2)
         _solve[(1,)](
-            gram, coef, k, lists, beta, ridge, rcond, MOMENTUM=bool(momentum), RIDGE=ridge != 0, K=size, SWEEPS=sweeps(size),
+            gram, coef, k, lists, beta, ridge, rcond, MOMENTUM=bool(momentum), RIDGE=ridge >= LEAST.value, K=size, SWEEPS=sweeps(size),
             num_warps=max(1, size * size // 128),
         )  # fmt: skip
     return gram, coef

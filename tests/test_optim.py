@@ -45,7 +45,7 @@ def test_projected_momentum(project, case):
         found = sgd.step(g, directions)
         p = span(directions, ridge) if directions else torch.zeros(23, 23, dtype=F64)
         moved = 0.9 * v + flat(g)
-        old, v = v, moved - p @ (moved if project == "momentum" else flat(g))
+        v = moved - p @ (moved if project == "momentum" else flat(g))
         theta = theta * (1 - 0.1 * 0.2) - 0.1 * v
         torch.testing.assert_close(flat(params), theta, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(flat(sgd.buffers), v, rtol=1e-9, atol=1e-10)
@@ -251,6 +251,27 @@ def test_a_direction_too_short_for_its_coefficient():
     optimiser = ProjectedMomentum([torch.zeros(3)], lr=1.0)
     optimiser.step([torch.ones(3)], [[torch.full((3,), 1e-39)]])
     torch.testing.assert_close(optimiser.params[0], -torch.ones(3))
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("ridge", [0.0, 1e-9])
+def test_a_direction_too_short_does_not_disturb_the_others(ridge, backend, monkeypatch):
+    monkeypatch.setenv("ENTANGLE_FAST_BACKEND", backend)
+    a, b = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1e-35, 1e-35, 0.0])
+    for directions in ([[a], [b]], [[b], [a]], [[b], [a], [b]]):
+        optimiser = ProjectedMomentum([torch.zeros(3)], lr=1.0, ridge=ridge)
+        optimiser.step([torch.tensor([1.0, 2.0, 3.0])], directions)
+        torch.testing.assert_close(optimiser.buffers[0], torch.tensor([0.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_direction_that_is_not_finite_is_not_dropped(k, backend, monkeypatch):
+    monkeypatch.setenv("ENTANGLE_FAST_BACKEND", backend)
+    directions = [[torch.randn(3)] for _ in range(k - 1)] + [[torch.tensor([0.0, torch.nan, 0.0])]]
+    optimiser = ProjectedMomentum([torch.zeros(3)], lr=1.0)
+    optimiser.step([torch.ones(3)], directions)
+    assert optimiser.params[0].isnan().all()
 
 
 def test_nothing_was_removed_of_nothing():

@@ -9,6 +9,8 @@
 namespace ef::cpu {
 namespace {
 
+constexpr double kLeast = 1e-60;  // square of a direction, and ridge: reference/solve.py
+
 // a (k, k) symmetric, made diagonal: its eigenvalues; v (k, k): an eigenvector a column
 void jacobi(double* a, double* v, int64_t k) {
   double top = 0;
@@ -55,29 +57,31 @@ std::tuple<Tensor, Tensor> step_project(std::vector<Tensor> directions, std::vec
   all.insert(all.end(), grads.begin(), grads.end());
   Tensor gram = step_gram(all, lists), coef = empty_like_dtype(gram, {k}, ScalarType::Double);
   const double* g = data<double>(gram);
+  const bool ridged = ridge >= kLeast;
   std::vector<double> a(k * k), v(k * k), unit(k), y(k);
   for (int64_t i = 0; i < k; ++i) {
     const double square = g[i * lists + i];
-    unit[i] = ridge != 0 ? 1.0 : square > 0 ? 1 / std::sqrt(square) : 0.0;
+    unit[i] = !(square > kLeast) ? 0.0 : ridged ? 1.0 : 1 / std::sqrt(square);
   }
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t j = 0; j < k; ++j) a[i * k + j] = g[i * lists + j] * unit[i] * unit[j];
+  const auto inner = [&](int64_t i) { return (momentum.empty() ? 0.0 : beta * g[i * lists + k]) + g[i * lists + lists - 1]; };
+  double zero = 0;  // NaN where anything is not finite
+  for (int64_t i = 0; i < k; ++i) {
+    zero += 0 * inner(i);
+    for (int64_t j = 0; j < k; ++j) zero += 0 * (a[i * k + j] = g[i * lists + j] * unit[i] * unit[j]);
+  }
   jacobi(a.data(), v.data(), k);
   double top = 0;
   for (int64_t j = 0; j < k; ++j) top = std::max(top, a[j * k + j]);
   for (int64_t j = 0; j < k; ++j) {
     double sum = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      const double inner = (momentum.empty() ? 0.0 : beta * g[i * lists + k]) + g[i * lists + lists - 1];
-      sum += v[i * k + j] * (unit[i] * inner);
-    }
+    for (int64_t i = 0; i < k; ++i) sum += v[i * k + j] * (unit[i] * inner(i));
     const double value = a[j * k + j];
-    y[j] = ridge != 0 ? sum / (std::max(value, 0.0) + ridge) : value > rcond * top ? sum / value : 0.0;
+    y[j] = ridged ? sum / (std::max(value, 0.0) + ridge) : value > rcond * top ? sum / value : 0.0;
   }
   for (int64_t i = 0; i < k; ++i) {
     double sum = 0;
     for (int64_t j = 0; j < k; ++j) sum += v[i * k + j] * y[j];
-    data<double>(coef)[i] = unit[i] * sum;
+    data<double>(coef)[i] = unit[i] * sum + zero;
   }
   return {gram, coef};
 }

@@ -1,7 +1,8 @@
 // The k x k solve of step_project in one block, in double, with the rank rule of reference/solve.py.
 //
 // Cyclic Jacobi, half as many rotations at once as there are rows: round m takes the pairs (i, i xor m), and the rounds of
-// all m are a sweep. The number of sweeps is fixed, 2, 5, 8, 11, 14 for 2 to 32 rows: enough in simulation (random, singular, near-singular).
+// all m are a sweep. The number of sweeps is fixed, 2, 5, 8, 11, 14 for 2 to 32 rows: enough in simulation (random, singular,
+// near-singular).
 #pragma once
 
 #include <math.h>
@@ -16,10 +17,12 @@ __host__ __device__ constexpr int solve_size(int k) {  // rows: a power of two
   return size;
 }
 
-// a and v, rows one longer than they are; cosines, sines, projections
+constexpr double kLeast = 1e-60;  // square of a direction, and ridge: reference/solve.py
+
+// a and v, rows one longer than they are; cosines, sines, projections; zeros
 constexpr size_t solve_bytes(int k) {
   const size_t size = solve_size(k);
-  return (2 * size * (size + 1) + 2 * size) * sizeof(double);
+  return (2 * size * (size + 1) + 3 * size) * sizeof(double);
 }
 static_assert(solve_bytes(kMostDirections) <= 48 << 10, "what a block may have without asking");
 
@@ -29,17 +32,24 @@ EF_DEVICE void solve(Span<const double> gram, int lists, const StepProject& proj
   EF_DYNAMIC_SHARED(double, a);
   const Span<double> coef(project.coef);
   const int k = project.k, size = solve_size(k), half = size / 2, pitch = size + 1, thread = threadIdx.x;
-  double *v = a + size * pitch, *cosine = v + size * pitch, *sine = cosine + half, *y = sine + half;
+  double *v = a + size * pitch, *cosine = v + size * pitch, *sine = cosine + half, *y = sine + half, *zero = y + size;
+  const bool ridged = project.ridge >= kLeast;
   const auto unit = [&](int i) {  // gradients of unit length, where no ridge says how long they are
     const double square = gram[i * lists + i];
-    return project.ridge != 0 ? 1.0 : square > 0 ? 1 / sqrt(square) : 0.0;
+    return !(square > kLeast) ? 0.0 : ridged ? 1.0 : 1 / sqrt(square);
   };
+  const auto inner = [&](int i) { return (project.momentum ? project.beta * gram[i * lists + k] : 0.0) + gram[i * lists + lists - 1]; };
   for (int e = thread; e < size * size; e += kThreads) {
     const int i = e / size, j = e % size;
     a[i * pitch + j] = i < k && j < k ? gram[i * lists + j] * unit(i) * unit(j) : 0.0;
     v[i * pitch + j] = i == j;
   }
   __syncthreads();
+  if (thread < k) {  // a row's is NaN where anything of it is not finite
+    double sum = 0 * inner(thread);
+    for (int j = 0; j < k; ++j) sum += 0 * a[thread * pitch + j];
+    zero[thread] = sum;
+  }
   int bits = 0;
   while (1 << bits < size) ++bits;
   for (int sweep = 0; sweep < 3 * bits - 1; ++sweep)
@@ -75,18 +85,16 @@ EF_DEVICE void solve(Span<const double> gram, int lists, const StepProject& proj
   if (thread < size) {
     double top = 0, sum = 0;
     for (int j = 0; j < size; ++j) top = fmax(top, a[j * pitch + j]);
-    for (int i = 0; i < k; ++i) {
-      const double held = project.momentum ? project.beta * gram[i * lists + k] : 0.0;
-      sum += v[i * pitch + thread] * (unit(i) * (held + gram[i * lists + lists - 1]));
-    }
+    for (int i = 0; i < k; ++i) sum += v[i * pitch + thread] * (unit(i) * inner(i));
     const double value = a[thread * pitch + thread];
-    y[thread] = project.ridge != 0 ? sum / (fmax(value, 0.0) + project.ridge) : value > project.rcond * top ? sum / value : 0.0;
+    y[thread] = ridged ? sum / (fmax(value, 0.0) + project.ridge) : value > project.rcond * top ? sum / value : 0.0;
   }
   __syncthreads();
   if (thread < k) {
-    double sum = 0;
+    double sum = 0, none = 0;
     for (int j = 0; j < size; ++j) sum += v[thread * pitch + j] * y[j];
-    coef[thread] = unit(thread) * sum;
+    for (int j = 0; j < k; ++j) none += zero[j];
+    coef[thread] = unit(thread) * sum + none;
   }
 }
 

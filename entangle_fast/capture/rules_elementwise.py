@@ -182,4 +182,10 @@ ELEMENTWISE |= {getattr(Tensor, f"__{name}__") for name in _DUNDERS if hasattr(T
 _COMPARE = {getattr(Tensor, name) for op in ("eq", "ne", "lt", "le", "gt", "ge") for name in (op, f"__{op}__")}
 _COMPARE |= {getattr(torch, op) for op in ("eq", "ne", "lt", "le", "gt", "ge")}
 _BORROW = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
-RULES = {**dict.fromkeys(_COMPARE, _compared), **dict.fromkeys(_BORROW, _borrowed), **{f: elementwise for f in ELEMENTWISE}, torch.prelu: _prelu, F.prelu: _prelu}
+RULES = {
+    **dict.fromkeys(_COMPARE, _compared),
+    **dict.fromkeys(_BORROW, _borrowed),
+    **dict.fromkeys(ELEMENTWISE, elementwise),
+    torch.prelu: _prelu,
+    F.prelu: _prelu,
+}

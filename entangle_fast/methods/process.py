@@ -65,14 +65,14 @@ class Process(ABC):
     def take_step(self, stage: str, k: int) -> dict:
         """Step k of a stage; returns what to record, numbers or 0-d tensors."""
 
-    def enter(self, stage: str) -> None:
+    def enter(self, stage: str) -> None:  # noqa: B027  most methods have nothing to do here
         """Called before the first step of a stage."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors beside the model's that the next step depends on."""
         return {}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:  # noqa: B027  nor any state
         """Take back what state() gave, ``done`` being set already."""
 
     def facts(self) -> dict:

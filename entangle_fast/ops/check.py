@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,23 @@ def same_dtype(**tensors: Tensor | None) -> None:
         raise ValueError(f"{next(iter(there))}: {got}; all must have one dtype: convert with .to(dtype)")
 
 
+def floating(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name}: dtype {x.dtype} is not a real floating-point one; convert with .float()")
+
+
+def real(**tensors: Tensor | None) -> None:
+    """Integers and booleans too: what is converted without a loss."""
+    for name, x in tensors.items():
+        if x is not None and x.is_complex():
+            raise ValueError(f"{name}: dtype {x.dtype} is complex; needs a real one: take .real")
+
+
+def ridge(value: float) -> None:
+    require(0 <= value < math.inf, f"ridge: got {value}; needs a finite number >= 0")
+
+
 def factors(a: Tensor, b: Tensor, names: str = "a b") -> None:
     """Layer factors a (n,d_in) or (n,t,d_in), b (n,d_out) or (n,t,d_out)."""
     x, y = names.split()
@@ -36,7 +55,7 @@ def factors(a: Tensor, b: Tensor, names: str = "a b") -> None:
             f"both need the same n{' and t' if a.dim() == 3 else ''}")  # fmt: skip
     same_device(**{x: a, y: b})
     same_dtype(**{x: a, y: b})
-    require(a.is_floating_point(), f"{x}: dtype {a.dtype} is not a floating-point one; convert with .float()")
+    floating(**{x: a})
 
 
 def both_or_none(**pair: Tensor | None) -> None:
@@ -50,6 +69,7 @@ def conv_arguments(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation,
             f"x, g: got shapes {tuple(x.shape)} and {tuple(g.shape)}; need (n, channels, *size) with 1 to 3 sizes")  # fmt: skip
     same_device(x=x, g=g)
     same_dtype(x=x, g=g)
+    floating(x=x)
     nd = x.dim() - 2
     spread = []
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
@@ -72,9 +92,11 @@ def conv_arguments(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation,
 def lookup(ids: Tensor, b: Tensor, names: str = "ids b") -> None:
     """ids (n,t) integers, b (n,t,d)."""
     i, y = names.split()
-    require(not ids.is_floating_point() and ids.dim() == 2 and b.dim() == 3 and ids.shape == b.shape[:2],
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    require(integers and ids.dim() == 2 and b.dim() == 3 and ids.shape == b.shape[:2],
             f"{i}, {y}: got {tuple(ids.shape)} {ids.dtype} and {tuple(b.shape)}; need integers (n,t) and (n,t,d)")  # fmt: skip
     same_device(**{i: ids, y: b})
+    floating(**{y: b})
 
 
 def in_table(ids: Tensor, rows: int) -> None:

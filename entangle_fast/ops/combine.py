@@ -10,6 +10,7 @@ from . import check
 
 def _weights(w: Tensor, n: int) -> None:
     check.require(w.dim() == 2 and w.shape[1] == n, f"w: shape {tuple(w.shape)}; needs (m, {n}), one row per combination")
+    check.real(w=w)
 
 
 def combine(a: Tensor, b: Tensor, w: Tensor) -> Tensor:

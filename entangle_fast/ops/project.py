@@ -17,6 +17,7 @@ def project(a: Tensor, b: Tensor, basis: Tensor) -> Tensor:
     check.require(basis.dim() == 3 and basis.shape[1:] == (b.shape[-1], a.shape[-1]),
                   f"basis: shape {tuple(basis.shape)}; needs (k, {b.shape[-1]}, {a.shape[-1]})")  # fmt: skip
     check.same_device(a=a, basis=basis)
+    check.real(basis=basis)
     return call("project", a, b, basis)
 
 
@@ -27,6 +28,7 @@ def project_conv(x: Tensor, g: Tensor, basis: Tensor, *, stride=1, padding=0, di
     check.require(tuple(basis.shape[1:3]) == (g.shape[1], x.shape[1] // groups),
                   f"basis: channels {tuple(basis.shape[1:3])}; needs {(g.shape[1], x.shape[1] // groups)}")  # fmt: skip
     check.same_device(x=x, basis=basis)
+    check.real(basis=basis)
     return call("project_conv", x, g, basis, *shape, groups)
 
 
@@ -37,6 +39,7 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, *, padding_idx: int
                   f"basis: shape {tuple(basis.shape)}; needs (k, num_embeddings, {b.shape[2]})")  # fmt: skip
     check.in_table(ids, basis.shape[1])
     check.same_device(ids=ids, basis=basis)
+    check.real(basis=basis)
     return call("project_embedding", ids, b, basis, -1 if padding_idx is None else padding_idx)
 
 

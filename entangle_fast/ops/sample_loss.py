@@ -44,7 +44,7 @@ def sample_loss(
     check.require(logits.dim() == target.dim() + 1,
                   f"logits: shape {tuple(logits.shape)} for target {tuple(target.shape)}; needs one more dimension, the "
                   "classes")  # fmt: skip
-    check.require(logits.is_floating_point(), f"logits: dtype {logits.dtype} is not a floating-point one; convert with .float()")
+    check.floating(logits=logits)
     check.same_device(logits=logits, target=target)
     _validate(tuple(logits.shape[:-1]), target, clip, penalty, label_smoothing, reduction, "logits")
     return call("sample_loss", logits, target, clip, penalty, ignore_index, label_smoothing, reduction)[0]
@@ -68,6 +68,7 @@ def linear_sample_loss(
     check.require(bias is None or bias.shape == weight.shape[:1], f"bias: needs shape ({weight.shape[0]},) or None")
     check.same_device(h=h, weight=weight, bias=bias, target=target)
     check.same_dtype(h=h, weight=weight, bias=bias)
+    check.floating(h=h)
     _validate(tuple(h.shape[:-1]), target, clip, penalty, label_smoothing, reduction, "h")
     out = call("linear_sample_loss", h, weight, bias, target, clip, penalty, ignore_index, label_smoothing, reduction)
     return out[0]

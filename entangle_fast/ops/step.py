@@ -1,8 +1,14 @@
-"""step: one pass over all parameters, for a list of tensors at once."""
+"""step: one pass over all parameters, for a list of tensors at once.
+
+A step that writes runs as under torch.no_grad(), on every backend, and counts in the version of each tensor it changed: a
+backward that had saved one raises. Before anything is changed, ValueError is raised for what cannot be stepped: lists that do
+not fit each other, no tensor, integers, and written tensors that share memory, since an update would be lost.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,16 +17,76 @@ from ..dispatch import call
 from . import check
 
 Tensors = Sequence[Tensor]
-_SHORTEST = 1e-30  # length of a direction
+
+
+def _some(name: str, tensors: Sequence, what: str = "tensor") -> None:
+    check.require(len(tensors) > 0, f"{name}: got no {what}; needs one at least")
 
 
 def _like(params: Tensors, name: str, tensors: Tensors) -> None:
-    check.require(len(tensors) == len(params), f"{name}: {len(tensors)} tensors for {len(params)} parameters")
+    if len(tensors) != len(params):
+        raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters; needs one for each")
     for i, (p, x) in enumerate(zip(params, tensors)):
-        check.require(p.shape == x.shape and p.device == x.device,
-                      f"{name}[{i}]: {tuple(x.shape)} on {x.device}; needs {tuple(p.shape)} on {p.device}")  # fmt: skip
-        for what, t in ((name, x), ("the tensor like which it shall be", p)):
-            check.require(t.is_floating_point(), f"{name}[{i}]: {what} is of {t.dtype}; needs a real floating-point dtype")
+        if p.shape != x.shape or p.device != x.device:
+            raise ValueError(f"{name}[{i}]: {tuple(x.shape)} on {x.device}; needs {tuple(p.shape)} on {p.device}")
+        if not (x.is_floating_point() and p.is_floating_point()):
+            raise ValueError(f"{name}[{i}]: {x.dtype} for a tensor of {p.dtype}; both need a real floating-point dtype")
+
+
+def _momentum(params: Tensors, momentum: Tensors | None) -> None:
+    if momentum is None:
+        return
+    _like(params, "momentum", momentum)
+    for i, (p, v) in enumerate(zip(params, momentum)):
+        if v.dtype == torch.float64 != p.dtype:
+            raise ValueError(f"momentum[{i}]: torch.float64 for a parameter of {p.dtype}, which is stepped in float32; needs "
+                             "float32 or narrower: convert with .float()")  # fmt: skip
+
+
+def _reach(x: Tensor) -> int:
+    """Elements from the first to the last in memory; 0 where two of x may be one."""
+    reach = 1
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1 and stride < reach:
+            return 0
+        reach += stride * (size - 1)
+    return reach
+
+
+def _apart(**written: Tensors | None) -> None:
+    """No element that is written stands in memory twice. Of views with gaps only the first elements are compared."""
+    every = [x for xs in written.values() if xs is not None for x in xs]
+    if torch.compiler.is_compiling() or hasattr(every[0], "fake_mode"):
+        return  # a traced tensor has no memory
+    if len({x.data_ptr() for x in every}) == len(every) and all(x.is_contiguous() and not x.storage_offset() for x in every):
+        return  # of two that overlap, one begins where the other does or inside of a storage
+    last, full, end = (0,), (0,), 0  # the one that began last, and of those without gaps the one that ends last
+    named = [(x.data_ptr(), name, i, x) for name, xs in written.items() if xs is not None for i, x in enumerate(xs)]
+    for row in sorted(named, key=lambda row: row[0]):
+        start, name, i, x = row
+        reach = x.numel() if x.is_contiguous() else _reach(x)
+        if x.numel() and not reach:
+            raise ValueError(f"{name}[{i}]: elements of shape {tuple(x.shape)} with strides {x.stride()} share memory; needs memory "
+                             "for each: give .contiguous()")  # fmt: skip
+        if not start:
+            continue  # no element, or of the meta device
+        dense = reach == x.numel()  # else another may stand in its gaps
+        if start == last[0] or (dense and start < end):
+            _, other, j, _ = last if start == last[0] else full
+            raise ValueError(f"{name}[{i}]: shares memory with {other}[{j}], one update would be lost; give each tensor once, "
+                             "or a .clone()")  # fmt: skip
+        last = row
+        if dense and start + x.nbytes > end:
+            full, end = row, start + x.nbytes
+
+
+@contextlib.contextmanager
+def _writing(*lists: Tensors | None) -> Iterator[None]:
+    """Without a graph, and known to autograd afterwards."""
+    with torch.no_grad():
+        yield
+    if not torch.compiler.is_compiling():  # the compiler knows from the schema; kernels write where autograd does not see it
+        torch.autograd.graph.increment_version([x for xs in lists if xs is not None for x in xs])
 
 
 def _flat(like: Tensors, directions: Sequence[Tensors]) -> list[Tensor]:
@@ -31,20 +97,23 @@ def _flat(like: Tensors, directions: Sequence[Tensors]) -> list[Tensor]:
 
 def _coefficients(coef: Tensor, k: int) -> None:
     check.require(coef.shape == (k,), f"coef: shape {tuple(coef.shape)}; needs ({k},), one for each direction")
+    check.floating(coef=coef)
 
 
 def _scalar(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensors) -> None:
-    ok = x.dim() == 0 and x.dtype in dtypes and (not like or x.device == like[0].device)
-    check.require(ok, f"{name}: shape {tuple(x.shape)}, {x.dtype} on {x.device}; needs a 0-d tensor of "
-                      f"{' or '.join(map(str, dtypes))} on the parameters' device")  # fmt: skip
+    if not (x.dim() == 0 and x.dtype in dtypes and x.device == like[0].device):
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, {x.dtype} on {x.device}; needs a 0-d tensor of "
+                         f"{' or '.join(map(str, dtypes))} on the parameters' device")  # fmt: skip
 
 
 def step_gram(directions: Sequence[Tensors]) -> Tensor:
     """Gram of k directions over all parameters at once, accumulated in float64.
 
-    directions: k lists of tensors shaped alike → (k, k) float64 on their device.
+    directions: k ≥ 1 lists of tensors shaped alike → (k, k) float64 on their device.
     """
-    return call("step_gram", _flat(directions[0] if directions else [], directions), len(directions))
+    _some("directions", directions, "list")
+    _some("directions[0]", directions[0])
+    return call("step_gram", _flat(directions[0], directions), len(directions))
 
 
 def step_project(
@@ -55,30 +124,27 @@ def step_project(
 
     Args:
         directions: k lists of p tensors.  momentum: v, p tensors, or None for none.  grads: g, p tensors.
-        ridge: (K + ridge·I) coef = <d, β v + g>, in the Gram's own units.
+        ridge: (K + ridge·I) coef = <d, β v + g>, in the Gram's own units; below 1e-60 it is none.
         rcond: without a ridge, as in weights.solve: eigenvalues of the unit-diagonal Gram below rcond·largest count as
             zero, and of all solutions the one of least norm is found; in [0, 1), default k·eps of the directions' dtype,
             float64 or float32: what they are subtracted in.
 
-    The coefficient of a direction shorter than 1e-30 that is not float64 is set to zero, since float32 may not hold it:
-    what that direction shares with the momentum stays.
+    A direction not longer than 1e-30 is left out, with coefficient 0, since float32 may not hold it; one that is not finite
+    makes every coefficient NaN.
 
     Returns: the Gram, float64 (k + 2, k + 2) of the directions, v and g in this order ((k + 1, k + 1) without v), and
     coef (k,) float64. On a GPU up to 32 directions never make the host wait; more go through torch.linalg.
     """
-    check.require(len(grads) > 0, "grads: got no tensor; needs one for each parameter")
-    check.require(ridge >= 0, f"ridge: got {ridge}; needs a number >= 0")
+    _some("grads", grads)
+    check.ridge(ridge)
     if momentum is not None:
         _like(grads, "momentum", momentum)
     flat = _flat(grads, directions)
-    exact = all(d.dtype == torch.float64 for d in flat)
     if rcond is None:
+        exact = all(d.dtype == torch.float64 for d in flat)
         rcond = max(1, len(directions)) * torch.finfo(torch.float64 if exact else torch.float32).eps
     check.require(0 <= rcond < 1, f"rcond: got {rcond}; needs a number in [0, 1)")
-    gram, coef = call("step_project", flat, list(momentum or ()), list(grads), beta, ridge, rcond)
-    if not exact:  # else a saturated softmax's gradient of 1e-40 makes the parameters inf
-        coef = torch.where(gram.diagonal()[: len(coef)] > _SHORTEST**2, coef, 0)
-    return gram, coef
+    return call("step_project", flat, list(momentum or ()), list(grads), beta, ridge, rcond)
 
 
 def step_update(
@@ -89,21 +155,24 @@ def step_update(
     """v ← β v + g − Σ_k coef_k d_k;  θ ← (1 − lr·weight_decay) θ − lr v + noise ξ: in place, in one pass.
 
     Args:
-        params, grads: p tensors.  momentum: p tensors that hold v afterwards, or None.
+        params, grads: p tensors.  momentum: p tensors that hold v afterwards, or None; float64 only for float64 parameters,
+            since the others are stepped in float32.
         directions: k lists of p tensors.  coef: (k,) on the parameters' device; never read by the host.
         noise: standard deviation of ξ's contribution; ξ is Philox stream (seed, offset + counter).
         counter: 0-d int64 on the parameters' device, or None: what a captured CUDA graph adds one to, so that its
             replays draw fresh noise.
     """
+    _some("params", params)
     _like(params, "grads", grads)
-    if momentum is not None:
-        _like(params, "momentum", momentum)
+    _momentum(params, momentum)
     flat = _flat(params, directions)
     _coefficients(coef, len(directions))
     if counter is not None:
         _scalar("counter", counter, (torch.int64,), params)
-    call("step_update", list(params), list(momentum or ()), list(grads), flat, coef,
-         lr, beta, weight_decay, noise, seed, offset, counter)  # fmt: skip
+    _apart(params=params, momentum=momentum)
+    with _writing(params, momentum):
+        call("step_update", list(params), list(momentum or ()), list(grads), flat, coef,
+             lr, beta, weight_decay, noise, seed, offset, counter)  # fmt: skip
 
 
 def step_adamw(
@@ -123,12 +192,14 @@ def step_adamw(
             adds the one, and the host never reads it.
         noise, seed, offset, counter: as in step_update; counter may be step.
     """
+    _some("params", params)
     for name, tensors in (("grads", grads), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _like(params, name, tensors)
     for i, (p, m, u) in enumerate(zip(params, exp_avg, exp_avg_sq)):
         wide = torch.promote_types(p.dtype, torch.float32)
         for name, x in (("exp_avg", m), ("exp_avg_sq", u)):
-            check.require(x.dtype == wide, f"{name}[{i}]: {x.dtype} for a parameter of {p.dtype}; needs {wide}")
+            if x.dtype != wide:
+                raise ValueError(f"{name}[{i}]: {x.dtype} for a parameter of {p.dtype}; needs {wide}")
     check.require(len(betas) == 2, f"betas: got {betas}; needs two numbers in [0, 1)")
     for b in betas:
         check.require(0 <= b < 1, f"betas: got {betas}; needs two numbers in [0, 1)")
@@ -138,18 +209,26 @@ def step_adamw(
     _scalar("step", step, (torch.int64, torch.float64), params)
     if counter is not None:
         _scalar("counter", counter, (torch.int64,), params)
-    call("step_adamw", list(params), list(exp_avg), list(exp_avg_sq), list(grads), flat, coef, step,
-         lr, *betas, eps, weight_decay, noise, seed, offset, counter)  # fmt: skip
+    _apart(params=params, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    with _writing(params, exp_avg, exp_avg_sq):
+        call("step_adamw", list(params), list(exp_avg), list(exp_avg_sq), list(grads), flat, coef, step,
+             lr, *betas, eps, weight_decay, noise, seed, offset, counter)  # fmt: skip
 
 
 def step_lookahead(params: Tensors, grads: Tensors, alpha: float) -> tuple[list[Tensor], Tensor, Tensor]:
     """θ ← θ − alpha·g in place; returns what step_lookahead_undo needs: one byte a parameter, not a copy."""
+    _some("params", params)
     _like(params, "grads", grads)
-    return call("step_lookahead", list(params), list(grads), alpha)
+    _apart(params=params)
+    with _writing(params):
+        return call("step_lookahead", list(params), list(grads), alpha)
 
 
 def step_lookahead_undo(params: Tensors, grads: Tensors, residue: tuple, alpha: float) -> None:
     """Restore the bits that every parameter had before step_lookahead(params, grads, alpha) returned ``residue``."""
+    _some("params", params)
     _like(params, "grads", grads)
+    _apart(params=params)
     ulps, index, value = residue
-    call("step_lookahead_undo", list(params), list(grads), list(ulps), index, value, alpha)
+    with _writing(params):
+        call("step_lookahead_undo", list(params), list(grads), list(ulps), index, value, alpha)

@@ -12,6 +12,7 @@ def _losses(losses: Tensor, reference: Tensor) -> None:
     for name, x in (("losses", losses), ("reference", reference)):
         check.require(x.dim() == 1 and len(x) > 0, f"{name}: shape {tuple(x.shape)}; needs per-sample losses (n,), n >= 1")
     check.same_device(losses=losses, reference=reference)
+    check.floating(losses=losses, reference=reference)
 
 
 def w2_sorted(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,4 +45,5 @@ def w2_features(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     check.require(features.shape[1] == reference.shape[1],
                   f"reference: width {reference.shape[1]} against {features.shape[1]} in features")  # fmt: skip
     check.same_device(features=features, reference=reference)
+    check.floating(features=features, reference=reference)
     return call("w2_features", features, reference)

@@ -1,9 +1,18 @@
-"""The small solve with a Gram: what step_project does on the device, and weights.solve with any Gram."""
+"""The small solve with a Gram: what step_project does on the device, and weights.solve with any Gram.
+
+The rule, which csrc/cpu/step_project.cpp, csrc/cuda/solve.cuh and kernels/step_project.py follow: a direction whose square is
+not above LEAST is left out, with coefficient 0, as if it had not been given; a ridge below LEAST is none; a Gram or a right
+side that is not finite gives NaN for every coefficient.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+LEAST = 1e-60  # float32 may not hold the coefficient of a direction shorter than 1e-30, as a saturated softmax gives
 
 
 def least_norm(gram: Tensor, rhs: Tensor, ridge: float, rcond: float) -> Tensor:
@@ -14,15 +23,18 @@ def least_norm(gram: Tensor, rhs: Tensor, ridge: float, rcond: float) -> Tensor:
     """
     # gradients of unit length: else a long one (a forget sample at loss 17) hides a short one (the mean of a
     # set that is already fitted) below rcond, and the short direction is not protected at all
-    lengths = gram.diagonal().clamp(min=0).sqrt()
-    unit = torch.ones_like(lengths) if ridge else torch.where(lengths > 0, 1 / lengths, 0)
-    values, vectors = eigh(gram * unit.unsqueeze(1) * unit)
-    if ridge:
+    square, ridged = gram.diagonal(), ridge >= LEAST
+    unit = torch.where(square > LEAST, torch.ones_like(square) if ridged else 1 / square.sqrt(), 0)
+    scaled = gram * unit.unsqueeze(1) * unit
+    finite = scaled.isfinite().all()
+    values, vectors = eigh(torch.where(finite, scaled, 0))  # LAPACK refuses NaN
+    if ridged:
         inverse = 1 / (values.clamp(min=0) + ridge)
     else:
         inverse = torch.where(values > rcond * values[-1:].clamp(min=0), 1 / values, 0)
     columns = rhs.double() if rhs.dim() == 2 else rhs.double().unsqueeze(1)
     found = unit.unsqueeze(1) * (vectors @ (inverse.unsqueeze(1) * (vectors.mT @ (unit.unsqueeze(1) * columns))))
+    found = torch.where(finite & columns.isfinite().all(0), found, math.nan)
     return found if rhs.dim() == 2 else found.squeeze(1)
 
 

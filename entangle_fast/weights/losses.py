@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import check
 
 
 def means(losses: Tensor) -> Tensor:
     """1/n for each sample: the gradient of the mean loss.  losses (n,) → (n,)."""
     if losses.dim() != 1 or not len(losses):
         raise ValueError(f"losses: shape {tuple(losses.shape)}; needs per-sample losses (n,), n >= 1")
+    check.floating(losses=losses)  # an integer 1/n is 0
     return torch.full_like(losses, 1 / len(losses)).detach()
 
 
@@ -52,6 +54,7 @@ def lagrangian(
         forget: (n_f,) losses.  remote: (n_r,) losses.  remote_start: L_rem(θ0) in nats.
         multiplier: λ, 0-d on the losses' device.
     """
+    check.floating(forget=forget, remote=remote)
     h = remote.detach().mean() - remote_start
     return Lagrangian(
         forget=-gamma * clipped(forget, clip, penalty),
@@ -84,4 +87,5 @@ def clipped_norms(sqnorms: Tensor, bound: float) -> Tensor:
     """min(1, bound/‖g_i‖): the weights of per-sample clipping (DP-SGD; Abadi et al., CCS 2016).  (n,) → (n,)."""
     if not bound > 0 or math.isnan(bound):
         raise ValueError(f"bound: got {bound}; needs a positive norm")
+    check.floating(sqnorms=sqnorms)
     return (bound * sqnorms.clamp(min=0).rsqrt()).clamp(max=1)

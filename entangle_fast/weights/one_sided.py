@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import check
+
 
 def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """PCGrad (Yu et al., NeurIPS 2020): each gradient gives up its component along those it conflicts with.
 
-    gram: (m, m) of the objectives' gradients → weights (m,) float64 of the sum of the projected gradients.
+    gram: (m, m) of the objectives' gradients → weights (m,) float64 of the sum of the projected gradients; NaN where the
+        Gram is not finite.
     generator: draws the order in which the others are visited; None visits them in index order.
     """
     k = _gram(gram)
@@ -24,7 +27,7 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
                 dot = k[j] @ w  # <g_j, current>
                 w[j] -= torch.where((dot < 0) & (k[j, j] > 0), dot / k[j, j].clamp(min=1e-300), 0)
         total += w
-    return total
+    return _loud(k, total)
 
 
 def upgrad(gram: Tensor, *, preference: Tensor | None = None, ridge: float = 1e-10, sweeps: int = 1000) -> Tensor:
@@ -34,13 +37,17 @@ def upgrad(gram: Tensor, *, preference: Tensor | None = None, ridge: float = 1e-
 
     Args:
         gram: (m, m).  preference: (m,) weights of the objectives; default 1/m.
-        ridge: relative to the largest diagonal entry, makes the programme strictly convex.
+        ridge: relative to the largest diagonal entry, makes the programme strictly convex; finite, >= 0.
         sweeps: upper limit of coordinate-descent sweeps; stops at relative changes below 1e-12.
 
-    Returns: weights (m,) float64; the combined direction conflicts with no objective.
+    Returns: weights (m,) float64; the combined direction conflicts with no objective. NaN where the Gram is not finite.
     """
-    k = _gram(gram)
+    given = k = _gram(gram)
     m = len(k)
+    check.ridge(ridge)
+    if preference is not None and preference.shape != (m,):
+        raise ValueError(f"preference: shape {tuple(preference.shape)}; needs ({m},), one weight for each objective")
+    check.real(preference=preference)
     scale = k.diagonal().max().clamp(min=1e-300) if m else 1.0
     k = k / scale + ridge * torch.eye(m, dtype=k.dtype, device=k.device)
     preference = torch.full((m,), 1 / max(1, m), dtype=k.dtype, device=k.device) if preference is None else preference.double()
@@ -49,13 +56,19 @@ def upgrad(gram: Tensor, *, preference: Tensor | None = None, ridge: float = 1e-
     for _ in range(sweeps):
         before = v.clone()
         for j in range(m):  # exact minimisation in one coordinate, for all programmes at once
-            v[j] = torch.maximum(floor[j], v[j] - (k[j] @ v) / k[j, j])
-        if torch.linalg.vector_norm(v - before) <= 1e-12 * torch.linalg.vector_norm(v):
+            v[j] = torch.maximum(floor[j], v[j] - (k[j] @ v) / k[j, j].clamp(min=1e-300))
+        if not torch.linalg.vector_norm(v - before) > 1e-12 * torch.linalg.vector_norm(v):
             break
-    return v.sum(1)
+    return _loud(given, v.sum(1))
+
+
+def _loud(gram: Tensor, w: Tensor) -> Tensor:
+    """w, or NaN: a comparison with NaN is no conflict, and would drop the objective in silence."""
+    return torch.where(gram.isfinite().all(), w, torch.nan)
 
 
 def _gram(gram: Tensor) -> Tensor:
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram: shape {tuple(gram.shape)}; needs (m, m), one row per objective")
+    check.floating(gram=gram)
     return gram.double()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..ops import check
 from ..reference.solve import least_norm
 
 
 def _square(k: Tensor, name: str) -> Tensor:
     if k.dim() != 2 or k.shape[0] != k.shape[1]:
         raise ValueError(f"{name}: shape {tuple(k.shape)}; needs a square Gram (k, k)")
+    check.floating(**{name: k})
     return k.double()
 
 
@@ -22,24 +26,30 @@ def solve(gram: Tensor, rhs: Tensor, *, ridge: float = 0.0, rcond: float | None 
 
     Args:
         gram: (k, k) positive semi-definite.  rhs: (k,) or (k, m).
-        ridge: added to the diagonal, in the Gram's own units.
+        ridge: added to the diagonal, in the Gram's own units; below 1e-60 it is none.
         rcond: without a ridge, eigenvalues of the unit-diagonal Gram below rcond·largest count as zero; default k·eps
             of the Gram's dtype.
 
-    Raises: ValueError for shapes; never returns NaN for finite input: a zero Gram gives zeros.
+    A gradient not longer than 1e-30 is left out, with c = 0: a zero Gram gives zeros. NaN or inf in the Gram, or in a column
+    of rhs, gives NaN for every c (of that column), and nothing else does.
+
+    Raises: ValueError for shapes, dtypes that are not real, a ridge or rcond out of range.
     """
     k = _square(gram, "gram")
     if rhs.shape[:1] != k.shape[:1]:
         raise ValueError(f"rhs: shape {tuple(rhs.shape)}; needs {k.shape[0]} rows")
-    if ridge < 0:
-        raise ValueError(f"ridge: got {ridge}; needs a number >= 0")
+    check.real(rhs=rhs)
+    check.ridge(ridge)
     if rcond is None:
         rcond = max(1, len(k)) * torch.finfo(gram.dtype).eps
+    elif not rcond >= 0:
+        raise ValueError(f"rcond: got {rcond}; needs a number >= 0")
     return least_norm(k, rhs, ridge, rcond)
 
 
 def _moments(cross: Tensor, u: Tensor | None) -> Tensor:
     """<g_r, v> for v = Σ_i u_i g_i."""
+    check.real(cross=cross, u=u)
     if u is None:
         return cross
     if cross.dim() != 2 or cross.shape[1:] != u.shape[:1]:
@@ -80,7 +90,7 @@ def damped(gram: Tensor, cross: Tensor, u: Tensor | None = None, *, damping: flo
     Args: gram (n, n), cross and u as in project_onto, damping λ > 0.
     Returns: the weight of v, and the weights (n,) of the spanning gradients.
     """
-    if not damping > 0:
-        raise ValueError(f"damping: got {damping}; needs a number > 0")
+    if not 0 < damping < math.inf or math.isinf(1 / damping):
+        raise ValueError(f"damping: got {damping}; needs a finite number > 0, and of a finite inverse")
     n = len(_square(gram, "gram"))
     return 1 / damping, -solve(gram, _moments(cross, u), ridge=n * damping) / damping

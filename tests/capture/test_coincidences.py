@@ -64,7 +64,7 @@ def test_functional_positions_from_outside_are_refused_when_n_equals_t():
 
 def test_functional_flat_rows_with_a_named_batch():
     p = {"w": torch.randn(3, 6, dtype=torch.float64, requires_grad=True)}
-    for dim, back in ((None, lambda y, n: y.view(n, 5, 3)), (0, lambda y, n: y.view(n, 5, 3))):
+    for dim in (None, 0):
         for n in (4, 5):
             case = Case(p, draw(5, 6), lambda p, b: squares(F.linear(b["x"].view(-1, 6), p["w"]).view(len(b["x"]), 5, 3)),
                         n=n, m=n, options={"batch_size": n, "batch_dim": dim})  # fmt: skip
@@ -150,7 +150,7 @@ def test_data_may_mix():
 def test_routed_tokens_are_refused():
     """Mixture of experts: the rows that a mask selects have no known sample."""
     def forward(s, x):
-        y, out = s.into(x).flatten(0, 1), []
+        y = s.into(x).flatten(0, 1)
         chosen = torch.arange(len(y)) % 2 == 0  # a multiple of n rows
         z = torch.zeros_like(y)
         z[chosen] = s.expert(y[chosen])

@@ -96,7 +96,9 @@ def test_no_weight_gradient_is_formed(name):
     assert captured <= forward + frozen
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet_block", "norms_partly_trainable", "gpt2_tied", "llama", "mha_cross", "lora", "vit_token_repeat"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "resnet_block", "norms_partly_trainable", "gpt2_tied", "llama", "mha_cross", "lora", "vit_token_repeat"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_errs_no_more_than_autograd(name, dtype):
     exact = ZOO[name]()

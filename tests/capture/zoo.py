@@ -654,8 +654,11 @@ ZOO["vit_repeat_batch_of_one"] = lambda: simple(ViT(cls="repeat", pos="repeat"),
 
 @zoo
 def prefix_tokens():
-    return simple(Via(lambda s, x: s.lin(torch.cat([s.prompt.expand(len(x), -1, -1), s.emb.weight.unsqueeze(0).expand(len(x), -1, -1), x], 1)),
-                      prompt=weight(2, 6), emb=nn.Embedding(3, 6), lin=nn.Linear(6, 4)), 5, 6)  # fmt: skip
+    def forward(s, x):
+        prefix = [y.expand(len(x), -1, -1) for y in (s.prompt, s.emb.weight.unsqueeze(0))]
+        return s.lin(torch.cat([*prefix, x], 1))
+
+    return simple(Via(forward, prompt=weight(2, 6), emb=nn.Embedding(3, 6), lin=nn.Linear(6, 4)), 5, 6)
 
 
 @zoo

@@ -61,6 +61,43 @@ def test_step_project(cpp, dtype, held, k, case):
     torch.testing.assert_close(coef, solved, rtol=1e-9, atol=1e-9 * (1e4 if case == "short" else 1))
 
 
+FEW = [(3,), (5, 7), (0,), (301,)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+@pytest.mark.parametrize("ridge", [0.0, 50.0])
+@pytest.mark.parametrize("held", [True, False])
+def test_step_project_leaves_out_what_is_too_short(cpp, dtype, held, ridge, k):
+    flat = [torch.randn(*s).to(dtype) for _ in range(k + 1 + held) for s in FEW]
+    flat[:4] = [x * 1e-35 for x in flat[:4]]
+    coef, wanted, without = (
+        op(flat[at : 4 * k], flat[4 * k : -4], flat[-4:], 0.9, ridge, 1e-12)[1]
+        for op, at in ((cpp.step_project, 0), (reference.step_project, 0), (cpp.step_project, 4))
+    )
+    assert coef[0] == 0
+    torch.testing.assert_close(coef, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(coef[1:], without, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+@pytest.mark.parametrize("ridge", [0.0, 50.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_step_project_does_not_drop_what_is_not_finite(cpp, dtype, bad, ridge, k):
+    for spoilt in (0, 4 * (k - 1), 4 * k, 4 * k + 4):  # the first and the last direction, momentum, gradient
+        flat = [torch.randn(*s).to(dtype) for _ in range(k + 2) for s in FEW]
+        flat[:4] = [x * 0 for x in flat[:4]]
+        flat[spoilt][1] = bad
+        for op in (cpp.step_project, reference.step_project):
+            assert op(flat[: 4 * k], flat[4 * k : -4], flat[-4:], 0.9, ridge, 1e-12)[1].isnan().all()
+
+
+@pytest.mark.parametrize("ridge", [1e-310, 1e-61])
+def test_step_project_takes_a_ridge_below_all_that_counts_for_none(cpp, ridge):
+    x, y = torch.randn(300), torch.randn(300)
+    args = ([x, y, x.clone()], [], [y + 1], 0.0)
+    assert torch.equal(cpp.step_project(*args, ridge, 1e-12)[1], cpp.step_project(*args, 0.0, 1e-12)[1])
+
+
 @pytest.mark.parametrize("k, noise", [(0, 0.0), (1, 0.1), (2, 0.0), (2, 0.1), (5, 0.1)])
 def test_step_adamw(cpp, assert_as_good, dtype, k, noise):
     wide = torch.promote_types(dtype, torch.float32)
@@ -123,7 +160,8 @@ def test_lookahead_is_undone_to_the_bit(cpp, dtype):
     before = [x.clone() for x in params]
     ulps, index, value = cpp.step_lookahead(params, grads, 0.3)
     for x, old, g in zip(params, before, grads):
-        torch.testing.assert_close(x, old - (0.3 * g.double()).to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+        rtol, atol = (1e-2, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-6)
+        torch.testing.assert_close(x, old - (0.3 * g.double()).to(dtype), rtol=rtol, atol=atol)
     assert all(u.dtype == torch.int8 and u.shape == x.shape for u, x in zip(ulps, params)) and len(index) == len(value) > 0
     cpp.step_lookahead_undo(params, grads, ulps, index, value, 0.3)
     assert all(torch.equal(x, y) for x, y in zip(bits(params), bits(before)))

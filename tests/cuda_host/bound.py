@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-
 from build import CUDA, FLAGS, HERE, _cache
 
 INCLUDE = Path(torch.__file__).parent / "include"

@@ -4,7 +4,6 @@ import ctypes
 
 import torch
 from bound import control
-
 from build import Factors, run
 
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from build import Factors, load, run
 
 HERE = Path(__file__).parent

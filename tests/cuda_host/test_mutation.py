@@ -13,9 +13,8 @@ import time
 import pytest
 import torch
 from bound import begin, control, ops
-from calls import MMA, WGMMA, gram, project_random
-
 from build import CUDA, visited
+from calls import MMA, WGMMA, gram, project_random
 
 CALL = re.compile(
     r"(?:__syncthreads|__syncwarp|__threadfence|ptx::(?:cp_async_commit|cp_async_wait<\d>|fence_mbarrier_init|fence_proxy_async"

@@ -64,7 +64,7 @@ def plain_stage2(c, model, d, steps, away):
         span = away(k)
         gram = span @ span.T + c.ridge * torch.eye(len(span), dtype=F64)
 
-        def onto(x):
+        def onto(x, span=span, gram=gram):
             return span.T @ (torch.linalg.pinv(gram, rtol=1e-11, hermitian=True) @ (span @ x))
 
         v = c.momentum * v + g

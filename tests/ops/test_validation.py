@@ -8,6 +8,7 @@ import torch
 from entangle_fast import ops
 
 r, ids = torch.randn, torch.zeros(4, 3, dtype=torch.int64)
+whole, z = lambda *s: torch.ones(s, dtype=torch.int64), lambda *s: torch.ones(s, dtype=torch.complex64)  # noqa: E731
 y = torch.zeros(4, dtype=torch.int64)
 
 
@@ -46,6 +47,9 @@ BAD = {
     "conv: basis channels": (lambda: ops.project_conv(r(4, 3, 5), r(4, 2, 3), r(2, 2, 4, 3)), "basis"),
     "conv: w": (lambda: ops.combine_conv(r(4, 3, 5), r(4, 2, 3), r(4), 3), "w"),
     "embedding: float ids": (lambda: ops.gram_embedding(r(4, 3), r(4, 3, 2)), "ids"),
+    "conv: integers": (lambda: ops.gram_conv(whole(4, 3, 5), whole(4, 2, 3), 3), "x"),
+    "embedding: complex ids": (lambda: ops.gram_embedding(z(4, 3), r(4, 3, 2)), "ids"),
+    "embedding: integers": (lambda: ops.sqnorm_embedding(ids, whole(4, 3, 2)), "b"),
     "embedding: t": (lambda: ops.gram_embedding(ids, r(4, 2, 2)), "ids"),
     "embedding: half a side": (lambda: ops.gram_embedding(ids, r(4, 3, 2), ids), "ids2 and b2"),
     "embedding: width": (lambda: ops.gram_embedding(ids, r(4, 3, 2), ids, r(4, 3, 5)), "b2"),
@@ -54,10 +58,12 @@ BAD = {
     "embedding: id out of range": (lambda: ops.combine_embedding(ids + 7, r(4, 3, 2), r(1, 4), 5), "ids"),
     "embedding: id below zero": (lambda: ops.combine_embedding(ids - 1, r(4, 3, 2), r(1, 4), 5), "ids"),
     "project: basis": (lambda: ops.project(r(4, 3), r(4, 2), r(2, 3, 2)), "basis"),
+    "project: complex basis": (lambda: ops.project(r(4, 3), r(4, 2), z(1, 2, 3)), "basis"),
     "project: k": (lambda: ops.project_random(r(4, 3), r(4, 2), -1, seed=0), "k"),
     "project: kind": (lambda: ops.project_random(r(4, 3), r(4, 2), 1, seed=0, kind="rademacher"), "kind"),
     "combine: w": (lambda: ops.combine(r(4, 3), r(4, 2), r(4)), "w"),
     "combine: w's n": (lambda: ops.combine(r(4, 3), r(4, 2), r(2, 5)), "w"),
+    "combine: complex w": (lambda: ops.combine(r(4, 3), r(4, 2), z(2, 4)), "w"),
     "loss: logits": (lambda: ops.sample_loss(r(4), y), "logits"),
     "loss: target's n": (lambda: ops.sample_loss(r(5, 3), y), "target"),
     "loss: target's dtype": (lambda: ops.sample_loss(r(4, 3), y.int()), "target"),
@@ -69,6 +75,10 @@ BAD = {
     "linear loss: weight": (lambda: ops.linear_sample_loss(r(4, 3), r(5, 4), y), "weight"),
     "linear loss: bias": (lambda: ops.linear_sample_loss(r(4, 3), r(5, 3), y, r(4)), "bias"),
     "linear loss: dtypes": (lambda: ops.linear_sample_loss(r(4, 3), r(5, 3).double(), y), "h"),
+    "linear loss: integers": (lambda: ops.linear_sample_loss(whole(4, 3), whole(5, 3), y), "h"),
+    "w2: integers": (lambda: ops.w2_sorted(whole(4), r(4)), "losses"),
+    "w2: complex reference": (lambda: ops.w2_moments(r(4), z(4)), "reference"),
+    "w2: integer features": (lambda: ops.w2_features(whole(4, 2), r(4, 2)), "features"),
     "w2: dims": (lambda: ops.w2_sorted(r(4, 1), r(4)), "losses"),
     "w2: empty": (lambda: ops.w2_moments(r(4), r(0)), "reference"),
     "w2: width": (lambda: ops.w2_features(r(4, 2), r(4, 3)), "reference"),
@@ -76,12 +86,18 @@ BAD = {
     "step: shapes": (lambda: ops.step_update([r(2)], None, [r(3)], [], r(0), lr=1.0), "grads[0]"),
     "step: momentum": (lambda: ops.step_update([r(2)], [r(3)], [r(2)], [], r(0), lr=1.0), "momentum[0]"),
     "step: coef": (lambda: ops.step_update([r(2)], None, [r(2)], [], r(1), lr=1.0), "coef"),
+    "step: complex coef": (lambda: ops.step_update([r(2)], None, [r(2)], [[r(2)]], z(1), lr=1.0), "coef"),
+    "step: no parameter": (lambda: ops.step_update([], None, [], [], r(0), lr=1.0), "params"),
+    "step: no list": (lambda: ops.step_gram([]), "directions"),
+    "step: empty lists": (lambda: ops.step_gram([[], []]), "directions[0]"),
     "step: directions": (lambda: ops.step_gram([[r(2)], [r(3)]]), "directions[1]"),
     "step: counter": (lambda: ops.step_update([r(2)], None, [r(2)], [], r(0), lr=1.0, counter=torch.ones(1)), "counter"),
     "project: no grads": (lambda: ops.step_project([[]], None, []), "grads"),
     "project: directions": (lambda: ops.step_project([[r(3)]], None, [r(2)]), "directions[0]"),
     "project: momentum": (lambda: ops.step_project([], [r(3)], [r(2)]), "momentum[0]"),
     "project: ridge": (lambda: ops.step_project([[r(2)]], None, [r(2)], ridge=-1.0), "ridge"),
+    "project: ridge of nan": (lambda: ops.step_project([[r(2)]], None, [r(2)], ridge=math.nan), "ridge"),
+    "project: infinite ridge": (lambda: ops.step_project([[r(2)]], None, [r(2)], ridge=math.inf), "ridge"),
     "adamw: grads": (lambda: adamw(grads=[r(3)]), "grads[0]"),
     "adamw: moments": (lambda: adamw(exp_avg=[]), "exp_avg"),
     "adamw: moments' dtype": (lambda: adamw(exp_avg_sq=[r(2).double()]), "exp_avg_sq[0]"),
@@ -91,6 +107,9 @@ BAD = {
     "adamw: counter": (lambda: adamw(counter=torch.ones((), dtype=torch.int64, device="meta")), "counter"),
     "adamw: betas": (lambda: adamw(betas=(0.9, 1.0)), "betas"),
     "adamw: eps": (lambda: adamw(eps=-1.0), "eps"),
+    "adamw: no parameter": (lambda: ops.step_adamw([], [], [], [], [], r(0), torch.tensor(1), lr=0.1), "params"),
+    "lookahead: no parameter": (lambda: ops.step_lookahead([], [], 1.0), "params"),
+    "undo: no parameter": (lambda: ops.step_lookahead_undo([], [], ([], ids, r(0)), 1.0), "params"),
     "lookahead: grads": (lambda: ops.step_lookahead([r(2)], [r(3)], 1.0), "grads[0]"),
 }
 

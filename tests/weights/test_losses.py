@@ -103,3 +103,11 @@ def test_clipped_norms():
 def test_clipped_norms_need_a_positive_bound(bound):
     with pytest.raises(ValueError, match="bound: got"):
         weights.clipped_norms(torch.ones(2), bound)
+
+
+def test_integers_are_refused():
+    x = torch.tensor([1, 2])
+    for name, call in {"losses": lambda: weights.means(x), "sqnorms": lambda: weights.clipped_norms(x, 1.0),
+                       "remote": lambda: weights.lagrangian(x.float(), x, 0.0, torch.tensor(0.0))}.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: dtype torch.int64 is not a real floating-point one; convert"):
+            call()

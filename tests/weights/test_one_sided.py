@@ -88,7 +88,20 @@ def test_upgrad_of_opposed_and_of_zero_gradients_is_finite():
     assert weights.upgrad(torch.zeros(0, 0)).shape == weights.pcgrad(torch.zeros(0, 0)).shape == (0,)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_dropped(bad):
+    k = (g := gradients(3)) @ g.T
+    k[2, 2] = bad
+    assert weights.pcgrad(k).isnan().all() and weights.upgrad(k).isnan().all()
+
+
+def test_upgrad_without_a_ridge_bears_a_zero_gradient():
+    assert weights.upgrad(torch.diag(torch.tensor([1.0, 0.0])), ridge=0.0).tolist() == [0.5, 0.5]
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match="preference: shape .3,.; needs .2,."):
+        weights.upgrad(torch.eye(2), preference=torch.ones(3))
     for f in (weights.pcgrad, weights.upgrad):
         with pytest.raises(ValueError, match="gram: shape .2, 3.; needs .m, m."):
             f(torch.zeros(2, 3))

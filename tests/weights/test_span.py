@@ -78,6 +78,56 @@ def test_two_by_two_is_what_a_solver_says(b, c):
     assert torch.isfinite(weights.solve(gram, gram[:, 0])).all()
 
 
+def test_a_gradient_that_is_not_finite_is_not_dropped():
+    for k in (1, 2, 3, 8):
+        gram, rhs = (g := rows(k)) @ g.T, g @ rows(1, seed=2)[0]
+        gram[-1, -1] = torch.nan
+        for ridge in (0.0, 0.5):
+            assert weights.solve(gram, rhs, ridge=ridge).isnan().all()
+
+
+@pytest.mark.parametrize("ridge", [5e-324, 1e-310, 1e-61])
+def test_a_ridge_too_small_to_count_is_none(ridge):
+    g = rows(4, rank=2)
+    rhs = g @ rows(1, seed=2)[0]
+    assert torch.equal(weights.solve(g @ g.T, rhs, ridge=ridge), weights.solve(g @ g.T, rhs))
+    assert (weights.solve(torch.zeros(2, 2), torch.ones(2), ridge=ridge) == 0).all()
+    share, w = weights.damped(g @ g.T, rhs, damping=1e-62)
+    assert share == 1 / 1e-62 and w.isfinite().all()
+
+
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf"), -1e-310])
+def test_a_ridge_out_of_range_is_refused(ridge):
+    for call in (weights.solve, weights.project_onto, weights.project_away):
+        with pytest.raises(ValueError, match=f"^ridge: got {ridge}; needs a finite number >= 0"):
+            call(torch.eye(2), torch.ones(2), ridge=ridge)
+    with pytest.raises(ValueError, match=f"^ridge: got {ridge}"):
+        weights.upgrad(torch.eye(2), ridge=ridge)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_gram_of_other_numbers_is_refused(dtype):
+    gram = torch.eye(2).to(dtype)
+    for call in (lambda: weights.solve(gram, torch.ones(2)), lambda: weights.damped(gram, torch.ones(2), damping=1.0),
+                 lambda: weights.pcgrad(gram), lambda: weights.upgrad(gram)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^gram: dtype {dtype} is not a real floating-point one; convert"):
+            call()
+
+
+def test_complex_sides_are_refused():
+    eye, z = torch.eye(2), torch.ones(2, dtype=torch.complex64)
+    bad = {
+        "rhs": lambda: weights.solve(eye, z),
+        "u": lambda: weights.project_onto(eye, eye, z),
+        "cross": lambda: weights.project_onto(eye, z),
+        "preference": lambda: weights.upgrad(eye, preference=z),
+    }
+    for name, call in bad.items():
+        with pytest.raises(ValueError, match=f"^{name}: dtype torch.complex64 is complex"):
+            call()
+    assert weights.solve(eye, torch.tensor([2, 3])).tolist() == [2, 3]  # integers lose nothing
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="gram: shape .2, 3.; needs a square Gram"):
         weights.solve(torch.zeros(2, 3), torch.zeros(2))
@@ -87,8 +137,12 @@ def test_refusals():
         weights.solve(torch.zeros(2, 2), torch.zeros(2), ridge=-1.0)
     with pytest.raises(ValueError, match="u: shape .3,.; needs one weight for each column"):
         weights.project_away(torch.zeros(2, 2), torch.zeros(2, 4), torch.zeros(3))
-    with pytest.raises(ValueError, match="damping: got 0"):
-        weights.damped(torch.eye(2), torch.ones(2), damping=0.0)
+    for damping in (0.0, -1.0, float("nan"), float("inf"), 1e-310):
+        with pytest.raises(ValueError, match=f"damping: got {damping}"):
+            weights.damped(torch.eye(2), torch.ones(2), damping=damping)
+    for rcond in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"rcond: got {rcond}"):
+            weights.solve(torch.eye(2), torch.ones(2), rcond=rcond)
 
 
 @pytest.fixture(scope="module")
