@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("step_lookahead_undo", TORCH_BOX(&ef::cpu::step_lookahead_undo));
   m.impl("sample_loss", TORCH_BOX(&ef::cpu::sample_loss));
   m.impl("sample_loss_backward", TORCH_BOX(&ef::cpu::sample_loss_backward));
+  m.impl("w2_sorted", TORCH_BOX(&ef::cpu::w2_sorted));
+  m.impl("w2_moments", TORCH_BOX(&ef::cpu::w2_moments));
 }
 
 PyMODINIT_FUNC PyInit__C(void) {

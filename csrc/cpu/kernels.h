@@ -46,4 +46,7 @@ Tensor sample_loss_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& ce, const Tensor& lse, double clip,
     double penalty, int64_t ignore_index, double label_smoothing, std::string reduction);
 
+std::tuple<Tensor, Tensor> w2_sorted(const Tensor& losses, const Tensor& reference);
+std::tuple<Tensor, Tensor> w2_moments(const Tensor& losses, const Tensor& reference);
+
 }  // namespace ef::cpu

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .per_sample import accumulate_dtype, chunks
+from .per_sample import accumulate_dtype
 
+LOGIT_BYTES = 8 << 20  # logits held at a time, in cache
+LEAST_CLASSES = 512  # of them: dh is read and written once for each such range
 PENALTY_EPS = 1e-3  # the constant in k / (CE + 1e-3), from the authors' code
 
 
@@ -82,19 +84,27 @@ def linear_sample_loss(
     h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, clip: float = math.inf, penalty: float = 0.0,
     ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """sample_loss(h @ weight.T + bias, target, …) without holding all logits.
+    """sample_loss(h @ weight.T + bias, target, …) without holding all logits: those of some classes at a time.
 
     h (n, d) or (n, t, d), weight (C, d), bias (C,) or None → loss (n,), ce (n,), lse like target.
     """
     dtype = accumulate_dtype(h, weight)
     rows, ids = h.reshape(-1, h.shape[-1]), target.reshape(-1)
-    lse, position = rows.new_empty(len(rows), dtype=dtype), rows.new_empty(len(rows), dtype=dtype)
-    for lo, hi in chunks(len(rows), 2 * len(weight) * lse.element_size()):
-        x = torch.nn.functional.linear(rows[lo:hi], weight, bias).to(dtype)
-        lse[lo:hi] = x.logsumexp(-1)
-        position[lo:hi] = _position_loss(x, ids[lo:hi], lse[lo:hi], ignore_index, label_smoothing)
-    ce = _reduce(position.view(target.shape), target, ignore_index, reduction)
-    return _clipped(ce, clip, penalty), ce, lse.view(target.shape)
+    kept = ids != ignore_index
+    torch._assert_async((~kept | (ids >= 0) & (ids < len(weight))).all(), f"target: a label outside [0, {len(weight)}) that is not ignore_index")
+    lse = rows.new_full(ids.shape, -math.inf, dtype=torch.float64)  # of classes so far: many roundings, few elements
+    picked, total = torch.zeros_like(lse), torch.zeros_like(lse)
+    for lo, hi, x in _logits(rows, weight, bias):
+        x = x.to(dtype)
+        inside = kept & (ids >= lo) & (ids < hi)
+        picked += torch.where(inside, x.gather(1, torch.where(inside, ids - lo, 0).unsqueeze(1)).squeeze(1), 0)
+        if label_smoothing:
+            total += x.sum(1)
+        top = x.amax(1, keepdim=True)
+        lse = torch.logaddexp(lse, x.sub_(top).exp_().sum(1).log().double() + top.squeeze(1))
+    position = lse - (1 - label_smoothing) * picked - label_smoothing / len(weight) * total
+    ce = _reduce(torch.where(kept, position, 0).to(dtype).view(target.shape), target, ignore_index, reduction)
+    return _clipped(ce, clip, penalty), ce, lse.to(dtype).view(target.shape)
 
 
 def linear_sample_loss_backward(
@@ -104,20 +114,30 @@ def linear_sample_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Σ_i grad_i loss_i: dh like h, dweight like weight, dbias (C,) (empty without a bias)."""
     dtype = accumulate_dtype(h, weight)
-    rows, ids, logz = h.reshape(-1, h.shape[-1]), target.reshape(-1), lse.reshape(-1)
-    scale = _position_scale(grad, target, ce, clip, penalty, ignore_index, reduction).reshape(-1)
-    dh = torch.empty_like(rows)
-    dweight = torch.zeros_like(weight, dtype=dtype)
-    dbias = weight.new_zeros(len(weight) if bias is not None else 0, dtype=dtype)
-    for lo, hi in chunks(len(rows), 2 * len(weight) * dweight.element_size()):
-        x = torch.nn.functional.linear(rows[lo:hi], weight, bias)
-        # one position per sample here, its weight already in `scale`
-        d = sample_loss_backward(
-            scale[lo:hi], x, ids[lo:hi], torch.zeros_like(scale[lo:hi]), logz[lo:hi],
-            ignore_index=ignore_index, label_smoothing=label_smoothing,
-        )  # fmt: skip
-        dh[lo:hi] = d @ weight
-        dweight += (d.T @ rows[lo:hi]).to(dtype)
+    rows, ids, logz = h.reshape(-1, h.shape[-1]), target.reshape(-1), lse.reshape(-1, 1)
+    scale = _position_scale(grad, target, ce, clip, penalty, ignore_index, reduction).reshape(-1, 1)
+    kept = ids != ignore_index
+    dh, dweight = torch.zeros_like(rows, dtype=dtype), torch.empty_like(weight)
+    dbias = weight.new_empty(len(weight) if bias is not None else 0)
+    for lo, hi, x in _logits(rows, weight, bias):
+        d = x.to(dtype).sub_(logz).exp_().mul_(scale)
+        if label_smoothing:
+            d.sub_(label_smoothing / len(weight) * scale)
+        inside = kept & (ids >= lo) & (ids < hi)
+        d.scatter_add_(1, torch.where(inside, ids - lo, 0).unsqueeze(1), torch.where(inside.unsqueeze(1), (label_smoothing - 1) * scale, 0))
+        d = d.to(weight.dtype)
+        dh += d @ weight[lo:hi]
+        torch.mm(d.T, rows, out=dweight[lo:hi])
         if bias is not None:
-            dbias += d.sum(0, dtype=dtype)
-    return dh.view(h.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+            dbias[lo:hi] = d.sum(0, dtype=dtype)
+    return dh.to(h.dtype).view(h.shape), dweight, dbias
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None):
+    """Ranges of classes [lo, hi) and their logits, (len(rows), hi − lo), written over by the next ones."""
+    width = min(len(weight), max(LEAST_CLASSES, LOGIT_BYTES // max(1, len(rows) * rows.element_size())))
+    room = rows.new_empty(len(rows) * width)
+    for lo in range(0, len(weight), max(1, width)):
+        hi = min(lo + width, len(weight))
+        x = torch.mm(rows, weight[lo:hi].T, out=room[: len(rows) * (hi - lo)].view(len(rows), hi - lo))
+        yield lo, hi, x if bias is None else x.add_(bias[lo:hi])
