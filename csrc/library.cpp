@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("gram_embedding", TORCH_BOX(&ef::cpu::gram_embedding));
   m.impl("sqnorm", TORCH_BOX(&ef::cpu::sqnorm));
   m.impl("sqnorm_conv", TORCH_BOX(&ef::cpu::sqnorm_conv));
+  m.impl("project", TORCH_BOX(&ef::cpu::project));
+  m.impl("project_random", TORCH_BOX(&ef::cpu::project_random));
   m.impl("step_gram", TORCH_BOX(&ef::cpu::step_gram));
   m.impl("step_project", TORCH_BOX(&ef::cpu::step_project));
   m.impl("step_update", TORCH_BOX(&ef::cpu::step_update));

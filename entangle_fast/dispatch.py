@@ -40,6 +40,8 @@ CPP: dict[str, tuple[torch.dtype, ...]] = {
     "gram_embedding": _FLOATS,
     "sqnorm": _FLOATS,
     "sqnorm_conv": _FLOATS,
+    "project": _FLOATS,
+    "project_random": _FLOATS,
     "step_gram": _FLOATS,
     "step_project": _FLOATS,
     "step_update": _FLOATS,

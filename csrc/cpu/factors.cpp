@@ -15,12 +15,12 @@ int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 }  // namespace
 
 template <class T>
-LinearGradients<T>::LinearGradients(const T* a_, const T* b_, int64_t n_, int64_t t_, int64_t d_in_, int64_t d_out_)
+LinearGradients<T>::LinearGradients(const T* a_, const T* b_, int64_t n_, int64_t t_, int64_t d_in_, int64_t d_out_, bool may_swap)
     : a(a_), b(b_), t(t_), d_in(d_in_), d_out(d_out_) {
   this->n = n_;
   const auto& k = contract_of<T>();
   // the side that a panel holds is padded to its width: let it be the one that loses less
-  if (up(d_in, k.rows) * up(d_out, k.width) < up(d_out, k.rows) * up(d_in, k.width)) {
+  if (may_swap && up(d_in, k.rows) * up(d_out, k.width) < up(d_out, k.rows) * up(d_in, k.width)) {
     std::swap(a, b);
     std::swap(d_in, d_out);
   }
@@ -52,6 +52,27 @@ template <class T> void GivenGradients<T>::form(int64_t i, const Piece& p, T* ce
   const int64_t width = p.cells / p.o;
   for (int64_t o = 0; o < p.o; ++o) {
     std::memcpy(cells + o * width, rows + (i * d_out + p.o0 + o) * d_in + p.j0, p.j * sizeof(T));
+    std::memset((void*)(cells + o * width + p.j), 0, (width - p.j) * sizeof(T));
+  }
+}
+
+template <class T>
+RandomGradients<T>::RandomGradients(int64_t first_, int64_t k, int64_t d_in_, int64_t d_out_, const std::vector<Piece>& like,
+                                    uint64_t seed_, uint64_t offset_, bool sign_)
+    : first(first_), d_in(d_in_), d_out(d_out_), seed(seed_), offset(offset_), sign(sign_) {
+  this->n = k;
+  this->pieces = like;
+}
+
+template <class T> int64_t RandomGradients<T>::work() const { return (kColumns + 4) * sizeof(float); }
+
+template <class T> void RandomGradients<T>::form(int64_t i, const Piece& p, T* cells, void* work) const {
+  const int64_t width = p.cells / p.o;
+  float* drawn = (float*)work;
+  for (int64_t o = 0; o < p.o; ++o) {
+    const int64_t at = ((first + i) * d_out + p.o0 + o) * d_in + p.j0, lead = at % 4;  // whole Philox blocks
+    (sign ? steps().sign : steps().normal)(drawn, p.j + lead, at - lead, seed, offset);
+    for (int64_t j = 0; j < p.j; ++j) cells[o * width + j] = (T)drawn[lead + j];
     std::memset((void*)(cells + o * width + p.j), 0, (width - p.j) * sizeof(T));
   }
 }
@@ -194,6 +215,7 @@ void ConvPositions<T>::rows(int64_t first, int64_t count, const T** pa, const T*
 #define EF_INSTANTIATE(T)                                                  \
   template struct LinearGradients<T>;                                      \
   template struct GivenGradients<T>;                                       \
+  template struct RandomGradients<T>;                                      \
   template struct ConvGradients<T>;                                        \
   template struct LinearPositions<T>;                                      \
   template struct ConvPositions<T>;

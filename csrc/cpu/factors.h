@@ -27,7 +27,7 @@ template <class T> struct Gradients {
 template <class T> struct LinearGradients : Gradients<T> {
   const T *a, *b;
   int64_t t, d_in, d_out;
-  LinearGradients(const T* a, const T* b, int64_t n, int64_t t, int64_t d_in, int64_t d_out);
+  LinearGradients(const T* a, const T* b, int64_t n, int64_t t, int64_t d_in, int64_t d_out, bool may_swap = true);
   int64_t work() const override;
   void form(int64_t sample, const Piece&, T* cells, void* work) const override;
 };
@@ -39,6 +39,17 @@ template <class T> struct GivenGradients : Gradients<T> {
   GivenGradients(const T* rows, int64_t k, int64_t d_in, int64_t d_out, const std::vector<Piece>& like);
   int64_t work() const override { return 0; }
   void form(int64_t sample, const Piece&, T* cells, void* work) const override;
+};
+
+// rows that are drawn: element (row, o, j) is that element of Philox stream (seed, offset), laid end to end, as +-1 or normal
+template <class T> struct RandomGradients : Gradients<T> {
+  int64_t first, d_in, d_out;  // the first row that is drawn
+  uint64_t seed, offset;
+  bool sign;
+  RandomGradients(int64_t first, int64_t k, int64_t d_in, int64_t d_out, const std::vector<Piece>& like, uint64_t seed, uint64_t offset,
+                  bool sign);
+  int64_t work() const override;
+  void form(int64_t row, const Piece&, T* cells, void* work) const override;
 };
 
 struct ConvShape {  // 1 to 3 sizes, as 3

@@ -25,6 +25,9 @@ Tensor sqnorm(const Tensor& a, const Tensor& b);
 Tensor sqnorm_conv(const Tensor& x, const Tensor& g, std::vector<int64_t> kernel, std::vector<int64_t> stride,
                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups);
 
+Tensor project(const Tensor& a, const Tensor& b, const Tensor& basis);
+Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed, int64_t offset, std::string kind);
+
 Tensor step_gram(std::vector<Tensor> tensors, int64_t k);
 void step_update(std::vector<Tensor> params, std::vector<Tensor> momentum, std::vector<Tensor> grads,
                  std::vector<Tensor> directions, const Tensor& coef, double lr, double beta, double weight_decay, double noise,

@@ -42,8 +42,9 @@ inline float unit(uint32_t word) { return ((float)(int32_t)(word >> 8) + 0.5f) *
 
 // ---- Philox4x32-10, Box-Muller: reference/philox.py ---------------------------------------------------------------
 
-void normal(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset) {
-  constexpr int B = 64;
+constexpr int B = 32;  // blocks of four words at a time
+
+template <class F> inline void draw(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset, F of) {
   for (int64_t at = 0; at < count; at += 4 * B) {
     uint32_t c0[B], c1[B], c2[B], c3[B];
     const uint64_t first = (uint64_t)(start + at) / 4;
@@ -60,17 +61,26 @@ void normal(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t of
       }
     float z[4 * B];
 #pragma omp simd
-    for (int i = 0; i < B; ++i) {
-      const float u0 = unit(c0[i]), u1 = unit(c1[i]), u2 = unit(c2[i]), u3 = unit(c3[i]);
-      const float ra = __builtin_sqrtf(-2.0f * log_unit(u0)), rb = __builtin_sqrtf(-2.0f * log_unit(u2));
-      float sa, ca, sb, cb;
-      sin_cos(6.283185307179586f * u1, &sa, &ca);
-      sin_cos(6.283185307179586f * u3, &sb, &cb);
-      z[4 * i] = ra * ca, z[4 * i + 1] = ra * sa, z[4 * i + 2] = rb * cb, z[4 * i + 3] = rb * sb;
-    }
+    for (int i = 0; i < B; ++i) of(c0[i], c1[i], c2[i], c3[i], z + 4 * i);
     const int64_t many = count - at < 4 * B ? count - at : 4 * B;
     memcpy(out + at, z, many * sizeof(float));
   }
+}
+
+void normal(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset) {
+  draw(out, count, start, seed, offset, [](uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, float* z) {
+    const float ra = __builtin_sqrtf(-2.0f * log_unit(unit(w0))), rb = __builtin_sqrtf(-2.0f * log_unit(unit(w2)));
+    float sa, ca, sb, cb;
+    sin_cos(6.283185307179586f * unit(w1), &sa, &ca);
+    sin_cos(6.283185307179586f * unit(w3), &sb, &cb);
+    z[0] = ra * ca, z[1] = ra * sa, z[2] = rb * cb, z[3] = rb * sb;
+  });
+}
+
+void sign(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset) {
+  draw(out, count, start, seed, offset, [](uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3, float* z) {
+    z[0] = w0 >> 31 ? -1.0f : 1.0f, z[1] = w1 >> 31 ? -1.0f : 1.0f, z[2] = w2 >> 31 ? -1.0f : 1.0f, z[3] = w3 >> 31 ? -1.0f : 1.0f;
+  });
 }
 
 // ---- step_update -------------------------------------------------------------------------------------------------
@@ -179,5 +189,5 @@ void adamw(int64_t count, A* theta, A* m, A* u, const A* g, const A* const* d, c
 
 namespace ef::cpu {
 extern const Steps EF_NAME(steps);
-const Steps EF_NAME(steps) = {{update<float>, adamw<float>}, {update<double>, adamw<double>}, normal};
+const Steps EF_NAME(steps) = {{update<float>, adamw<float>}, {update<double>, adamw<double>}, normal, sign};
 }  // namespace ef::cpu

@@ -27,6 +27,8 @@ struct Steps {
   Step<double> f64;
   // standard normals, elements [start, start + count) of Philox stream (seed, offset); start % 4 == 0
   void (*normal)(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset);
+  // the same elements as +1 or -1
+  void (*sign)(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset);
 };
 
 }  // namespace ef::cpu

@@ -1,0 +1,126 @@
+// project: c_ik = <G_i, D_k>, per-sample gradients of a linear layer onto k directions, given or drawn.
+//
+//   factors  D_k against the factors, (b D_k) o a, some samples at a time: through torch's GEMM    2 n t k d_in d_out FLOPs
+//   tiles    gradients formed, packed, multiplied by the same piece of every direction             2 n (t + k) d_in d_out FLOPs
+// A random basis is drawn piece by piece, twelve words' work an element, and never stored. Limit: the FMA rate.
+#include "factors.h"
+#include "kernels.h"
+
+namespace ef::cpu {
+namespace {
+
+constexpr int64_t kDirections = 1024;      // at a time: their panels stay in cache, the gradients are formed again for the next
+constexpr int64_t kRowBytes = 8LL << 20;   // of (b D_k), in L3
+constexpr int64_t kLeastRows = 64;
+constexpr double kTiles = 0.75;            // of torch's GEMM rate
+
+template <class T> double dot(const T* x, const T* y, int64_t count) {
+  double sum = 0;
+  for (int64_t at = 0; at < count; at += 256) {
+    const int64_t stop = std::min(count, at + 256);
+    T part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t e = at; e < stop; ++e) part += x[e] * y[e];
+    sum += part;
+  }
+  return sum;
+}
+
+// a (n,t,d_in), b (n,t,d_out), basis (k,d_out,d_in), out (n,k); the GEMM sums over the narrower side, which rounds less
+template <class T> void by_factors(const Tensor& a, const Tensor& b, const Tensor& basis, Tensor& out) {
+  const int64_t n = a.size(0), t = a.size(1), d_in = a.size(2), d_out = b.size(2), k = basis.size(0);
+  const bool inner = d_in <= d_out;
+  const Tensor &near = inner ? a : b, &far = inner ? b : a;
+  const int64_t wide = std::max(d_in, d_out), each = t * wide;
+  const int64_t many = std::clamp<int64_t>(kRowBytes / (each * (int64_t)sizeof(T)), std::min(n, (kLeastRows + t - 1) / t), n);
+  const Tensor rows = torch::stable::view(near, {n * t, std::min(d_in, d_out)}), directions = torch::stable::view(basis, {k * d_out, d_in});
+  Tensor room = empty_like_dtype(a, {many * t, wide}, a.scalar_type());
+  const T* x = data<T>(far);
+  T *moved = data<T>(room), *c = data<T>(out);
+  for (int64_t i0 = 0; i0 < n; i0 += many) {
+    const int64_t i1 = std::min(n, i0 + many);
+    const Tensor some = slice(rows, 0, i0 * t, i1 * t);
+    Tensor part = slice(room, 0, 0, (i1 - i0) * t);
+    for (int64_t j = 0; j < k; ++j) {
+      const Tensor d = slice(directions, 0, j * d_out, (j + 1) * d_out);
+      mm_out(part, some, inner ? torch::stable::transpose(d, 0, 1) : d);
+      torch::stable::parallel_for(i0, i1, std::max<int64_t>(1, 32768 / each), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) c[i * k + j] = (T)dot(x + i * each, moved + (i - i0) * each, each);
+      });
+    }
+  }
+}
+
+// `make(first, count)`: some of the directions, as gradients
+template <class T, class F> void by_tiles(const LinearGradients<T>& left, int64_t k, Tensor& out, F make) {
+  for (int64_t first = 0; first < k; first += kDirections) {
+    const int64_t count = std::min(kDirections, k - first);
+    const auto right = make(first, count);
+    if (count == k) {
+      contract_tiles<T, T>(left, &right, data<T>(out));
+      continue;
+    }
+    Tensor part = empty_like_dtype(out, {left.n, count}, out.scalar_type());
+    contract_tiles<T, T>(left, &right, data<T>(torch::stable::zero_(part)));
+    Tensor into = slice(out, 1, first, first + count);
+    torch::stable::copy_(into, part);
+  }
+}
+
+struct Factors {
+  Tensor a, b, out;
+  int64_t n, t, d_in, d_out;
+  ScalarType type;
+};
+
+Factors factors(const Tensor& a, const Tensor& b, int64_t k) {
+  STD_TORCH_CHECK(a.dim() == b.dim() && (a.dim() == 2 || a.dim() == 3), "project: a and b are (n,d) or (n,t,d)");
+  STD_TORCH_CHECK(a.size(0) == b.size(0) && (a.dim() == 2 || a.size(1) == b.size(1)), "project: a and b differ in n or t");
+  const ScalarType type = accumulate_type(a.scalar_type());
+  const int64_t n = a.size(0), t = a.dim() == 3 ? a.size(1) : 1, d_in = a.size(a.dim() - 1), d_out = b.size(b.dim() - 1);
+  Tensor out = empty_like_dtype(a, {n, k}, type);
+  torch::stable::zero_(out);
+  return {torch::stable::view(dense(a, type), {n, t, d_in}), torch::stable::view(dense(b, type), {n, t, d_out}), out, n, t, d_in, d_out, type};
+}
+
+template <class F> void by_width(ScalarType type, F f) { type == ScalarType::Double ? f(double{}) : f(float{}); }
+
+}  // namespace
+
+Tensor project(const Tensor& a, const Tensor& b, const Tensor& basis_) {
+  const int64_t k = basis_.dim() == 3 ? basis_.size(0) : 0;
+  Factors x = factors(a, b, k);
+  STD_TORCH_CHECK(basis_.dim() == 3 && basis_.size(1) == x.d_out && basis_.size(2) == x.d_in, "project: basis is (k, d_out, d_in)");
+  if (x.out.numel() == 0 || x.t * x.d_in * x.d_out == 0) return x.out;
+  Tensor basis = dense(basis_, x.type);
+  by_width(x.type, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t width = contract_of<T>().width, padded = (k + width - 1) / width * width;
+    if (kTiles * (double)(x.t * k) <= (double)(x.t + padded)) return by_factors<T>(x.a, x.b, basis, x.out);
+    const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out);
+    const bool swapped = left.a != data<T>(x.a);
+    if (swapped) basis = torch::stable::contiguous(torch::stable::transpose(basis, 1, 2));
+    const T* rows = data<T>(basis);
+    by_tiles<T>(left, k, x.out, [&](int64_t first, int64_t count) {
+      return GivenGradients<T>(rows + first * x.d_in * x.d_out, count, left.d_in, left.d_out, left.pieces);
+    });
+  });
+  return x.out;
+}
+
+Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed, int64_t offset, std::string kind) {
+  STD_TORCH_CHECK(k >= 0 && (kind == "sign" || kind == "gaussian"), "project_random: k >= 0, kind sign or gaussian");
+  Factors x = factors(a, b, k);
+  if (x.out.numel() == 0 || x.t * x.d_in * x.d_out == 0) return x.out;
+  by_width(x.type, [&](auto zero) {
+    using T = decltype(zero);
+    // not swapped: a row of a piece is then drawn as it follows in the stream
+    const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out, false);
+    by_tiles<T>(left, k, x.out, [&](int64_t first, int64_t count) {
+      return RandomGradients<T>(first, count, x.d_in, x.d_out, left.pieces, (uint64_t)seed, (uint64_t)offset, kind == "sign");
+    });
+  });
+  return x.out;
+}
+
+}  // namespace ef::cpu
