@@ -17,15 +17,16 @@ from . import ops
 Tensors = Sequence[Tensor]
 
 
-def _cosine(gram: Tensor, k: int) -> dict[str, Tensor]:
-    """Of the first two directions, where there are two."""
-    tiny = torch.finfo(gram.dtype).tiny
-    return {"cosine": gram[0, 1] / gram[0, 0].clamp(min=tiny).sqrt() / gram[1, 1].clamp(min=tiny).sqrt()} if k >= 2 else {}
-
-
-def _removed(kept: Tensor, total: Tensor) -> Tensor:
-    """The share of a length whose square was ``total`` and is ``kept``; 0 of nothing."""
-    return torch.where(total > 0, 1 - kept / total, 0).clamp(0, 1).sqrt()
+def _facts(gram: Tensor, coef: Tensor, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What a projection did, from the step's Gram in few kernels: cosine of the first two directions, where there are two;
+    removed, the share of ‖w‖ that it took away, 0 of nothing; and ‖w − P_V w‖.  w: its coefficients on the Gram's rows."""
+    k, tiny = len(coef), torch.finfo(gram.dtype).tiny
+    both = torch.stack([w, torch.cat([-coef, w[k:]])])
+    total, kept = ((both @ gram) * both).sum(1).clamp(min=0).unbind()
+    found = {"removed": ((total - kept) / total.clamp(min=tiny)).clamp(0, 1).sqrt()}
+    if k >= 2:
+        found["cosine"] = gram[0, 1] / gram.diagonal()[:2].clamp(min=tiny).sqrt().prod()
+    return found, kept.sqrt()
 
 
 def _some(params: Tensors) -> list[Tensor]:
@@ -68,6 +69,7 @@ class ProjectedMomentum:
         self.lr, self.momentum, self.weight_decay, self.ridge = lr, momentum, weight_decay, ridge
         self.carried = momentum if project == "momentum" else 0.0  # the share of the old v that is projected again
         self.buffers = [torch.zeros_like(p, requires_grad=False) for p in self.params]
+        self._w = torch.zeros(0)  # w on the rows of the last step's Gram
 
     @torch.no_grad()
     def step(
@@ -92,16 +94,12 @@ class ProjectedMomentum:
             self.params, self.buffers, grads, directions, coef, lr=self.lr, beta=self.momentum,
             weight_decay=self.weight_decay,
         )  # fmt: skip
-        inner, total = gram[:k, -1], gram[-1, -1]  # <d_j, w> and ‖w‖² of w = m v + g
-        if held:
-            inner = self.carried * gram[:k, k] + inner
-            total = self.carried**2 * gram[k, k] + 2 * self.carried * gram[k, -1] + total
-        kept = total - 2 * coef @ inner + coef @ gram[:k, :k] @ coef
-        return {
-            "step_norm": self.lr * kept.clamp(min=0).sqrt(),
-            "removed": _removed(kept, total),
-            **_cosine(gram, k),
-        }
+        if len(self._w) != len(gram):
+            self._w = gram.new_zeros(len(gram))
+            self._w[k:] = 1.0
+            self._w[k:-1] = self.carried
+        found, kept = _facts(gram, coef, self._w)
+        return {"step_norm": self.lr * kept, **found}
 
     def state(self) -> dict[str, Tensor]:
         return {f"momentum.{i}": v for i, v in enumerate(self.buffers)}
@@ -153,8 +151,7 @@ class ProjectedAdamW:
         k, found = len(directions), {}
         if coef is None and k:
             gram, coef = ops.step_project(directions, None, grads, ridge=self.ridge)
-            kept = gram[k, k] - 2 * coef @ gram[:k, k] + coef @ gram[:k, :k] @ coef
-            found = {"removed": _removed(kept, gram[k, k]), **_cosine(gram, k)}
+            found, _ = _facts(gram, coef, torch.cat([torch.zeros_like(coef), torch.ones_like(coef[:1])]))
         elif coef is None:
             coef = torch.zeros(0, dtype=torch.float64, device=self.count.device)
         count = self.count + 1
