@@ -26,7 +26,7 @@ OURS = METHOD_COLOURS["entangled"]
 COLOURS = {
     "ours": OURS, "vmap": "#CC6677", "vmap_qr": "#CC6677", "opacus": "#DDAA33", "torchjd": "#44AA99", "backpack": "#AA4499",
     "ghost": "#999933", "compile": "#882255", "autograd_loop": "#88CCEE", "loop_qr": "#88CCEE", "authors": "#D55E00",
-    "torch": "#117733", "reference": "#88CCEE", "einsum": "#DDAA33", "bmm": "#DDAA33", "index_add": "#DDAA33",
+    "torch": "#117733", "reference": "#88CCEE", "einsum": "#DDAA33", "bmm": "#DDAA33", "index_add": "#DDAA33", "loop": "#DDAA33",
     "foreach": "#DDAA33", "pot": "#44AA99", "geomloss": "#AA4499",
 }  # fmt: skip
 FLOORS = {"plain": ("-", "plain forward + backward"), "capture_only": (":", "capture alone")}

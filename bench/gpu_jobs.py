@@ -86,21 +86,14 @@ def rows(n: int, layers: int, d: int) -> Job:
     """Row form of all layers. FLOPs: half of (A Aᵀ)∘(B Bᵀ), the result being symmetric."""
     pairs = [(_randn(n, d, dtype=BF16), _randn(n, d, dtype=BF16)) for _ in range(layers)]
 
-    def ours():
-        if DEVICE == "cpu":  # Triton kernels run on a GPU
-            return sum(ef.ops.gram(a, b, route="rows") for a, b in pairs)
-        from entangle_fast.kernels import gram
-
-        return gram.gram_rows_grouped(pairs)
-
     def loop():
         return sum((a @ a.T).float() * (b @ b.T).float() for a, b in pairs)
 
     def exact():
         return sum(reference.gram(a, b, route="rows") for a, b in pairs)
 
-    return Job(ours, {"torch loop": loop}, ("gram",), exact=exact, flops=2.0 * layers * n * n * d, bytes=4.0 * layers * n * d,
-               launches=True,
+    return Job(lambda: ef.ops.gram_layers(pairs), {"torch loop": loop}, ("gram_layers",), exact=exact,
+               flops=2.0 * layers * n * n * d, bytes=4.0 * layers * n * d, launches=True,
                needs={"triton: one launch": lambda m, p: m.launches[p] == 1 if m.launches.get(p) else None,
                       "triton: ≥ 5× the per-layer torch loop": lambda m, p: at_least(m.faster(p, "torch loop"), 5)})  # fmt: skip
 

@@ -34,6 +34,19 @@ def gram(n, t, d_in, d_out, dtype=F32, route="tiles"):
                tolerance(dtype))  # fmt: skip
 
 
+def gram_layers(layers, n, d_in, d_out, dtype=F32):
+    """The layers of one position in one call; loop: one call a layer."""
+
+    def make(_):
+        a, b = ([torch.randn(n, d).to(dtype) for _ in range(layers)] for d in (d_in, d_out))
+        return {"ours": lambda: ours.gram_layers(a, b, [], []), "reference": lambda: reference.gram_layers(a, b, [], []),
+                "loop": lambda: sum(ours.gram(x, y, None, None, "rows") for x, y in zip(a, b))}  # fmt: skip
+
+    width = layers * (d_in + d_out)
+    return Job("gram_layers", dict(l=layers, n=n, i=d_in, o=d_out), dtype, make, ("ours", "reference", "loop"), float(n) ** 2 * width,
+               n * width * dtype.itemsize, tolerance(dtype))  # fmt: skip
+
+
 def gram_conv(n, c_in, c_out, size, dtype=F32, kernel=3):
     rest = ((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
 
@@ -184,7 +197,7 @@ def all_op_jobs() -> list[Job]:
                  gram(256, 64, 256, 256, dtype), gram(256, 64, 256, 1024, dtype), gram(64, 64, 256, 1024, dtype),
                  gram_conv(256, 32, 32, 32, dtype), gram_conv(256, 128, 128, 8, dtype),
                  sqnorm(256, 1, 1024, 1024, dtype), sqnorm(256, 64, 256, 1024, dtype), sqnorm(256, 16, 512, 512, dtype)]  # fmt: skip
-    jobs += [gram_embedding(64, 128, 256, 5000)]
+    jobs += [gram_layers(50, 64, 256, 256), gram_embedding(64, 128, 256, 5000)]
     jobs += [project(256, t, 512, 512, k) for t in (1, 16) for k in (2, 64)] + [project_random(256, t, 512, 512, 64) for t in (1, 16)]
     return jobs + [combine(256, 16, 512, 512, 3, disjoint=True), combine(256, 1, 1024, 1024, 4), combine(256, 64, 256, 1024, 2),
                    combine(256, 16, 512, 512, 16), combine_conv(256, 32, 32, 32, 3), combine_conv(256, 128, 128, 8, 3),
@@ -193,7 +206,7 @@ def all_op_jobs() -> list[Job]:
 
 def mini_op_jobs() -> list[Job]:
     jobs = [gram(5, 1, 6, 7, route="pairs"), gram(5, 3, 6, 7, torch.bfloat16, "pairs"), gram(5, 3, 6, 7),
-            gram_conv(4, 2, 3, 5), gram_embedding(4, 6, 5, 11), sqnorm(5, 3, 6, 7)]  # fmt: skip
+            gram_layers(3, 5, 6, 7), gram_conv(4, 2, 3, 5), gram_embedding(4, 6, 5, 11), sqnorm(5, 3, 6, 7)]  # fmt: skip
     jobs += [project(5, t, 6, 7, 3) for t in (1, 4)] + [project_random(5, t, 6, 7, 3) for t in (1, 4)]
     return jobs + [combine(6, 4, 5, 7, 3, disjoint=True), combine(5, 3, 6, 7, 2), combine_conv(4, 2, 3, 5, 2),
                    combine_embedding(4, 6, 5, 11, 2)]  # fmt: skip

@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(entangle_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("gram", TORCH_BOX(&ef::cpu::gram));
+  m.impl("gram_layers", TORCH_BOX(&ef::cpu::gram_layers));
   m.impl("gram_conv", TORCH_BOX(&ef::cpu::gram_conv));
   m.impl("gram_embedding", TORCH_BOX(&ef::cpu::gram_embedding));
   m.impl("sqnorm", TORCH_BOX(&ef::cpu::sqnorm));

@@ -31,11 +31,13 @@ try:
     EXTENSION = None  # why the compiled library is missing; None when it is there
 except ImportError as error:
     EXTENSION = f"{error}; build it with `pip install --no-build-isolation -e .` where a C++ compiler is"
+UNBUILT: set[str] = set()  # operations without a C++ kernel in it: all where it is missing, new ones where it is an older build
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 # what the C++ kernels take on the CPU; an op that is not here has no C++ kernel
 CPP: dict[str, tuple[torch.dtype, ...]] = {
     "gram": _FLOATS,
+    "gram_layers": _FLOATS,
     "gram_conv": _FLOATS,
     "gram_embedding": _FLOATS,
     "sqnorm": _FLOATS,
@@ -132,6 +134,8 @@ def _refuse_cpp(op: str, args) -> str | None:
         return f"the compiled library is not loaded ({EXTENSION})"
     if op not in CPP:
         return "no C++ kernel for this operation"
+    if op in UNBUILT:
+        return "the compiled library is older than its kernel; build it again with `pip install --no-build-isolation -e .`"
     for x in _tensors(args):
         if x.device.type != "cpu":
             return f"its kernels run on the CPU, a tensor is on {x.device}"
@@ -315,9 +319,10 @@ def _register() -> list[torch.library.Library]:
     """Give every operation an implementation for each device that the C++ library did not bring."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT" if EXTENSION is None else "DEF")
     for name, schema in ops().items():
-        if EXTENSION is not None:
+        if not hasattr(getattr(torch.ops, NAMESPACE), name):
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        if EXTENSION is not None or name not in CPP:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU"):
+            UNBUILT.add(name)
             library.impl(name, getattr(reference, name), "CPU")
         library.impl(name, _serve_gpu(name), "CUDA")
     return [library]

@@ -180,36 +180,31 @@ def _shares(work: list[int], count: int) -> list[int]:
 
 
 @launch.on_device
-def gram_rows_grouped(pairs: list, others: list | None = None) -> Tensor:
-    """Σ over layers of (A Aᵀ)∘(B Bᵀ), every layer in one launch.
-
-    pairs: (a (n, d_in), b (n, d_out)) for each layer, widths free, one dtype; others: the same for m samples, or None.
-    Returns (n, m) float32.
-    """
-    a, b = pairs[0]
-    symmetric = others is None
-    n, m = a.shape[0], (pairs if symmetric else others)[0][0].shape[0]
+def gram_layers(a: list[Tensor], b: list[Tensor], a2: list[Tensor], b2: list[Tensor]) -> Tensor:
+    """Every layer in one launch."""
+    symmetric = not a2
+    like, n, m = a[0], a[0].shape[0], (a2 or a)[0].shape[0]
     values, work, aligned, kept = [], [], True, []
-    for left, right in zip(pairs, pairs if symmetric else others):
-        four = [x if x.stride(1) == 1 else x.contiguous() for x in (*left, *right)]
+    for each in zip(a, b, a2 or a, b2 or b):
+        four = [x if x.stride(1) == 1 else x.contiguous() for x in each]
         kept += four  # copies must outlive the launch
-        strides, widths = [x.stride(0) for x in four], [left[0].shape[1], left[1].shape[1]]
+        strides, widths = [x.stride(0) for x in four], [x.shape[1] for x in each[:2]]
         values += [*(x.data_ptr() for x in four), *strides, *widths]
         work.append(sum(widths))
         aligned &= all(x.data_ptr() % 16 == 0 for x in four) and all(v % 16 == 0 for v in strides + widths)
     if 0 in (n, m):
-        return a.new_zeros(n, m, dtype=torch.float32)
-    cfg = tune.config("rows", PAIRS[a.element_size()], str(a.dtype))
+        return like.new_zeros(n, m, dtype=torch.float32)
+    cfg = tune.config("rows", PAIRS[like.element_size()], str(like.dtype))
     high, wide = cdiv(n, cfg["BM"]), cdiv(m, cfg["BN"])
     count = high + cfg["BN"] // cfg["BM"] * (wide * (wide - 1) // 2) if symmetric else high * wide
-    splits = _splits(count, len(pairs), launch.processors(a))
-    out = a.new_empty(n, m, dtype=torch.float32)
+    splits = _splits(count, len(work), launch.processors(like))
+    out = like.new_empty(n, m, dtype=torch.float32)
     partial = counter = out  # not touched without splits
     if splits > 1:
-        partial, counter = out.new_empty(splits, count, cfg["BM"], cfg["BN"]), _counter(count, a.device)
+        partial, counter = out.new_empty(splits, count, cfg["BM"], cfg["BN"]), _counter(count, like.device)
     _rows[(count, splits)](
-        table.table(values + _shares(work, splits), a.device), partial, counter, out, len(pairs), n, m,
-        DTYPE=launch.TL[a.dtype], ALIGNED=aligned, SYMMETRIC=symmetric, SPLIT=splits > 1, PREC=launch.precision(a.dtype), **cfg,
+        table.table(values + _shares(work, splits), like.device), partial, counter, out, len(work), n, m,
+        DTYPE=launch.TL[like.dtype], ALIGNED=aligned, SYMMETRIC=symmetric, SPLIT=splits > 1, PREC=launch.precision(like.dtype), **cfg,
     )  # fmt: skip
     return out
 
@@ -259,9 +254,8 @@ def gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = Non
     if (nothing := _empty(shape, left, right)) is not None:
         return nothing
     if route == "rows":
-        return gram_rows_grouped(
-            [(left.a[:, 0], left.b[:, 0])], None if right is None else [(right.a[:, 0], right.b[:, 0])]
-        )
+        others = ([], []) if right is None else ([right.a[:, 0]], [right.b[:, 0]])
+        return gram_layers([left.a[:, 0]], [left.b[:, 0]], *others)
     return _launch_pairs(shape, left, right) if route == "pairs" else tiles.gram(shape, left, right)
 
 
@@ -295,4 +289,4 @@ def refuse(op: str, *args) -> str | None:
         if x2 is not None and x2.shape[2:] != x.shape[2:]:
             return f"inputs of two sizes, {tuple(x.shape[2:])} and {tuple(x2.shape[2:])}, need two offset tables"
         return launch.refuse_factors(x, g, x2, g2)
-    return launch.refuse_factors(*args[:4])
+    return launch.refuse_factors(*launch.tensors(args[:4]))

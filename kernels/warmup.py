@@ -23,7 +23,7 @@ def _contractions(dtype: torch.dtype, device) -> None:
         gram.gram(*factors, route=route)
         gram.gram(*factors, *factors, route=route)
         sqnorm.sqnorm(*factors)
-    gram.gram_rows_grouped([tuple(f[:, 0] for f in few)] * 2)  # a split of the layers
+    gram.gram_layers(*([f[:, 0]] * 2 for f in few), [], [])  # a split of the layers
     for route in ("pairs", "tiles"):
         gram.gram_conv(x, g, *shape, route=route)
     sqnorm.sqnorm_conv(x, g, *shape)

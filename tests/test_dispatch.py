@@ -39,6 +39,15 @@ def test_the_compiled_library_comes_first_on_the_cpu(monkeypatch):
 
 
 @needs_cpp
+def test_a_kernel_that_is_newer_than_the_compiled_library(monkeypatch):
+    assert dispatch.UNBUILT == set(dispatch.ops()) - set(dispatch.CPP)
+    monkeypatch.delenv(dispatch.ENV, raising=False)
+    monkeypatch.setattr(dispatch, "UNBUILT", {"gram"})
+    found = ef.explain(ef.ops.gram, A, B)
+    assert found.backend == "reference" and "build it again" in found.reasons["cpp"]
+
+
+@needs_cpp
 def test_torch_where_it_is_faster(monkeypatch):
     a, b = torch.ones(3, 8, 64), torch.ones(3, 8, 64)
     monkeypatch.delenv(dispatch.ENV, raising=False)

@@ -2,6 +2,7 @@
 //
 //   rows, pairs  products of positions, reduced in registers          2nm·ts(d_in + d_out) FLOPs
 //   tiles        gradients formed piece by piece, packed, multiplied  2(n·t + m·s)d_in·d_out + 2nm·d_in·d_out
+// gram_layers adds the rows of many layers into one result: zeroed once, mirrored once.
 // The symmetric case does half of the (n,m) work. Bytes: each factor once or a few times; panels stay in cache.
 // Limit: the FMA rate. bfloat16: vdpbf16ps, accumulated in float; a tile's gradients are rounded to bfloat16 as
 // a layer's weight gradient would be. Reached, of the measured GEMM rate: bench/results.
@@ -89,6 +90,32 @@ Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::opt
     using Acc = typename Rows<T>::A;
     run<T, Acc>(x, y ? &*y : nullptr, route, data<Acc>(out));
     if (symmetric) mirror<T, Acc>(data<Acc>(out), x.n);
+  });
+  return out;
+}
+
+Tensor gram_layers(std::vector<Tensor> a, std::vector<Tensor> b, std::vector<Tensor> a2, std::vector<Tensor> b2) {
+  const size_t layers = a.size();
+  const bool symmetric = a2.empty();
+  STD_TORCH_CHECK(layers > 0 && b.size() == layers, "gram_layers: needs one a and one b a layer, and a layer");
+  STD_TORCH_CHECK(a2.size() == b2.size() && (symmetric || a2.size() == layers), "gram_layers: a2 and b2 hold every layer, or none");
+  const ScalarType type = compute_type(a[0].scalar_type()), acc = accumulate_type(type);
+  const int64_t n = a[0].size(0), m = symmetric ? n : a2[0].size(0);
+  Tensor out = empty_like_dtype(a[0], {n, m}, acc);
+  torch::stable::zero_(out);
+  by_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = typename Rows<T>::A;
+    for (size_t l = 0; l < layers; ++l) {
+      const Factors x = factors(a[l], b[l], type, true);
+      std::optional<Factors> y;
+      if (!symmetric) y = factors(a2[l], b2[l], type, true);
+      STD_TORCH_CHECK(x.a.dim() == 2 && x.n == n && (symmetric || (y->a.dim() == 2 && y->n == m)),
+                      "gram_layers: layer ", l, " is not (n,d) with the n of the first");
+      STD_TORCH_CHECK(symmetric || (x.d_in == y->d_in && x.d_out == y->d_out), "gram_layers: the two sides of layer ", l, " differ");
+      if (n && m && x.d_in && x.d_out) run<T, Acc>(x, y ? &*y : nullptr, "rows", data<Acc>(out));
+    }
+    if (symmetric) mirror<T, Acc>(data<Acc>(out), n);
   });
   return out;
 }

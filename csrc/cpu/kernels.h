@@ -14,6 +14,8 @@ using torch::stable::Tensor;
 
 Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::optional<Tensor> b2, std::string route);
 
+Tensor gram_layers(std::vector<Tensor> a, std::vector<Tensor> b, std::vector<Tensor> a2, std::vector<Tensor> b2);
+
 Tensor gram_conv(const Tensor& x, const Tensor& g, std::vector<int64_t> kernel, std::vector<int64_t> stride,
                  std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::optional<Tensor> x2,
                  std::optional<Tensor> g2, std::string route);

@@ -1,20 +1,23 @@
 """Contractions over all uses of all parameters: cross terms of shared parameters are exact, never dropped.
 
 Parameters that meet in one source (LoRA's B @ A, weight norm) form a component with all their uses. Then:
-  direct   one factored use, or uses that merge into one or touch disjoint parts of the weight: contract the factors
+  direct   one factored use, or uses that merge into one or touch disjoint parts of the weight: contract the factors;
+           linear layers of one position together, in one call
   rows     uses of different forms (an embedding tied to the output layer): add them row tile by row tile
   samples  anything else: explicit gradients of a chunk of samples, pulled back through the source
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..reference.per_sample import CHUNK_BYTES, chunks
-from .factors import Factor
+from .factors import Factor, LinearFactor
 from .sources import Source
 
 Use = tuple[Source, Factor]
@@ -87,8 +90,18 @@ class Contraction:
     def _tileable(self) -> bool:
         return all(source.identity for source, _ in self.uses)
 
+    def _pairs_up(self, other: Contraction | None) -> bool:
+        return self.direct and (other is None or (other.direct and _aligned(self.uses, other.uses)))
+
+    def layer(self, other: Contraction | None) -> list[tuple[Tensor, Tensor]] | None:
+        """(a, b) of a linear layer used once, at one position of each sample, on this side and the other; else None."""
+        if len(self.uses) > 1 or not self._pairs_up(other):
+            return None
+        factors = [f for side in (self, other) if side is not None for _, f in side.uses]
+        return [f.pair() for f in factors] if all(isinstance(f, LinearFactor) and f.a.shape[1] == 1 for f in factors) else None
+
     def gram(self, other: Contraction | None = None) -> Tensor:
-        if self.direct and (other is None or (other.direct and _aligned(self.uses, other.uses))):
+        if self._pairs_up(other):
             pairs = [None] * len(self.uses) if other is None else [f for _, f in other.uses]
             return sum(f.gram(g) for (_, f), g in zip(self.uses, pairs))
         if self._tileable() and (other is None or other._tileable()):
@@ -166,6 +179,17 @@ class Contraction:
                 if g is not None:
                     out[i] = out[i] + g if i in out else g
         return out
+
+
+def grams(pairs: Iterable[tuple[Contraction, Contraction | None]]) -> list[Tensor]:
+    """Summands of the Gram, or cross-Gram, over all components: the layers of one position make one for each dtype and device."""
+    parts, layers = [], {}
+    for mine, other in pairs:
+        if (sides := mine.layer(other)) is None:
+            parts.append(mine.gram(other))
+        else:
+            layers.setdefault((sides[0][0].dtype, sides[0][0].device), []).append(sides)
+    return parts + [ops.gram_layers(*zip(*group)) for group in layers.values()]
 
 
 def bytes_held(uses: list[Use]) -> int:

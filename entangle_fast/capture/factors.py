@@ -27,7 +27,8 @@ class LinearFactor:
     def rows(self) -> int:
         return self.b.shape[2]
 
-    def _pair(self):
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(n,d) and (n,d) where there is one position."""
         return (self.a[:, 0], self.b[:, 0]) if self.a.shape[1] == 1 else (self.a, self.b)
 
     def merge(self, other):
@@ -39,16 +40,16 @@ class LinearFactor:
     def gram(self, other=None) -> Tensor:
         if other is not None and self.a.shape[1] != other.a.shape[1]:
             return ops.gram(self.a, self.b, other.a, other.b)
-        return ops.gram(*self._pair()) if other is None else ops.gram(*self._pair(), *other._pair())
+        return ops.gram(*self.pair()) if other is None else ops.gram(*self.pair(), *other.pair())
 
     def sqnorm(self) -> Tensor:
-        return ops.sqnorm(*self._pair())
+        return ops.sqnorm(*self.pair())
 
     def project(self, basis: Tensor) -> Tensor:
-        return ops.project(*self._pair(), basis.to(self.a.dtype))
+        return ops.project(*self.pair(), basis.to(self.a.dtype))
 
     def combine(self, w: Tensor) -> Tensor:
-        return ops.combine(*self._pair(), w)
+        return ops.combine(*self.pair(), w)
 
     def per_sample(self, lo: int, hi: int) -> Tensor:
         return per_sample.linear(self.a[lo:hi], self.b[lo:hi])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .contract import Component, Contraction, components
+from .contract import Component, Contraction, components, grams
 from .errors import CaptureError
 from .factors import Factor
 from .layout import Layout
@@ -266,17 +266,17 @@ class Tape:
             return self._stream.results["gram"]
         mine = self._contractions()
         if other is None:
-            return self._total([c.gram() for c in mine], (self.n, self.n))
+            return self._total(grams((c, None) for c in mine), (self.n, self.n))
         if [id(p) for p in self.params] != [id(p) for p in other.params]:
             raise ValueError("other: its tape is of another model; capture both from the same parameters")
         other._contractions()  # says what is missing
-        parts = []
+        pairs = []
         for joint in components(self._uses + other._uses):  # a branch may join parameters on one side only
             sides = [[u for u in joint.uses if any(u is v for v in tape._uses)] for tape in (self, other)]
             if all(sides):
                 left, right = (tape._contraction(Component(joint.params, uses)) for tape, uses in zip((self, other), sides))
-                parts.append(left.gram(right))
-        return self._total(parts, (self.n, other.n))
+                pairs.append((left, right))
+        return self._total(grams(pairs), (self.n, other.n))
 
     def sqnorms(self) -> Tensor:
         """‖g_i‖² over all parameters, (n,)."""

@@ -2,7 +2,7 @@
 
 from . import registration  # noqa: F401  fakes and derivatives, registered on import
 from .combine import combine, combine_conv, combine_embedding
-from .gram import gram, gram_conv, gram_embedding
+from .gram import gram, gram_conv, gram_embedding, gram_layers
 from .project import project, project_conv, project_embedding, project_random
 from .sample_loss import linear_sample_loss, sample_loss
 from .sqnorm import sqnorm, sqnorm_conv, sqnorm_embedding
@@ -11,7 +11,7 @@ from .w2 import w2_features, w2_moments, w2_sorted
 
 __all__ = [
     "combine", "combine_conv", "combine_embedding",
-    "gram", "gram_conv", "gram_embedding",
+    "gram", "gram_conv", "gram_embedding", "gram_layers",
     "linear_sample_loss", "sample_loss",
     "project", "project_conv", "project_embedding", "project_random",
     "sqnorm", "sqnorm_conv", "sqnorm_embedding",

@@ -47,12 +47,14 @@ def ridge(value: float) -> None:
 def factors(a: Tensor, b: Tensor, names: str = "a b") -> None:
     """Layer factors a (n,d_in) or (n,t,d_in), b (n,d_out) or (n,t,d_out)."""
     x, y = names.split()
-    require(a.dim() in (2, 3) and a.dim() == b.dim(),
-            f"{x}, {y}: got shapes {tuple(a.shape)} and {tuple(b.shape)}; "
-            f"need (n,d_in) with (n,d_out), or (n,t,d_in) with (n,t,d_out)")  # fmt: skip
-    require(a.shape[:-1] == b.shape[:-1],
-            f"{y}: shape {tuple(b.shape)} does not go with {x} {tuple(a.shape)}: "
-            f"both need the same n{' and t' if a.dim() == 3 else ''}")  # fmt: skip
+    if a.dim() not in (2, 3) or a.dim() != b.dim():  # not by require: each layer's call would write both messages
+        raise ValueError(
+            f"{x}, {y}: got shapes {tuple(a.shape)} and {tuple(b.shape)}; need (n,d_in) with (n,d_out), or (n,t,d_in) with (n,t,d_out)"
+        )
+    if a.shape[:-1] != b.shape[:-1]:
+        raise ValueError(
+            f"{y}: shape {tuple(b.shape)} does not go with {x} {tuple(a.shape)}: both need the same n{' and t' if a.dim() == 3 else ''}"
+        )
     same_device(**{x: a, y: b})
     same_dtype(**{x: a, y: b})
     floating(**{x: a})

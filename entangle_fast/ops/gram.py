@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..dispatch import call
 from . import check, cost
 
+Layers = Sequence[tuple[Tensor, Tensor]]
 ROUTES = ("auto", "rows", "pairs", "tiles")
 
 
@@ -41,6 +44,47 @@ def gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = Non
         route = cost.route(a.shape[0], m, t, s, a.shape[-1], b.shape[-1], a2 is None)
     check.require(route != "rows" or t == s == 1, f"route: 'rows' needs t = 1, got t = {t}, {s}; use 'pairs' or 'tiles'")
     return call("gram", a, b, a2, b2, route)
+
+
+def _layers(name: str, layers: Layers, like: Layers) -> None:
+    for l, layer in enumerate(layers):
+        here = f"{name}[{l}]"
+        if not (isinstance(layer, (tuple, list)) and len(layer) == 2):
+            raise ValueError(f"{here}: got {type(layer).__name__}; needs a pair (a, b)")
+        a, b = layer
+        check.factors(a, b, f"{here}[0] {here}[1]")
+        if a.dim() != 2:
+            raise ValueError(f"{here}: shape {tuple(a.shape)}; needs one position, (n,d_in): use gram for more")
+        if len(a) != len(layers[0][0]):
+            raise ValueError(f"{here}: {len(a)} samples against {len(layers[0][0])} in {name}[0]; all layers need the same n")
+        check.same_device(**{here: a, "layers[0]": like[0][0]})
+        check.same_dtype(**{here: a, "layers[0]": like[0][0]})
+
+
+def gram_layers(layers: Layers, others: Layers | None = None) -> Tensor:
+    """Gram of many linear layers' per-sample weight gradients, one position each: their row-form Grams, added up in one call.
+
+    Args:
+        layers: (a (n, d_in), b (n, d_out)) of each layer, as in gram; widths may differ, dtype and device may not.
+        others: the other side of a cross-Gram, the same layers with m samples; None for the symmetric Gram at half the work.
+
+    Returns: (n, m); float32 for float32, bfloat16 and float16 input, float64 for float64.
+
+    Equivalent to: ``sum((a @ a2.T) * (b @ b2.T) for (a, b), (a2, b2) in zip(layers, others))``
+
+    Raises: ValueError for no layer, and for shapes, devices or dtypes that do not go together.
+    """
+    check.require(len(layers) > 0, "layers: got none; needs the factors (a, b) of at least one layer")
+    _layers("layers", layers, layers)
+    if others is not None:
+        check.require(len(others) == len(layers), f"others: {len(others)} layers against {len(layers)} in layers")
+        _layers("others", others, layers)
+        for l, ((a, b), (a2, b2)) in enumerate(zip(layers, others)):
+            if a.shape[1] != a2.shape[1] or b.shape[1] != b2.shape[1]:
+                raise ValueError(f"others[{l}]: widths {a2.shape[1]}, {b2.shape[1]} against {a.shape[1]}, {b.shape[1]} in layers; "
+                                 "both sides must come from the same layer")  # fmt: skip
+    (a, b), (a2, b2) = zip(*layers), ((), ()) if others is None else zip(*others)
+    return call("gram_layers", list(a), list(b), list(a2), list(b2))
 
 
 def gram_conv(

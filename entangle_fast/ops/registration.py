@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .. import reference
 from ..dispatch import _LIBRARIES, NAMESPACE
@@ -47,6 +48,7 @@ def _fake_lookahead(params, grads, alpha):
 
 FAKES = {
     "gram": lambda a, b, a2=None, b2=None, route="tiles": _matrix(a, a.shape[0], (a if a2 is None else a2).shape[0]),
+    "gram_layers": lambda a, b, a2, b2: _matrix(a[0], a[0].shape[0], (a2 or a)[0].shape[0]),
     "gram_conv": lambda x, g, k, s, p, d, groups, x2=None, g2=None, route="tiles": _matrix(
         x, x.shape[0], (x if x2 is None else x2).shape[0]
     ),
@@ -84,29 +86,31 @@ FAKES = {
 
 
 def _through_reference(op: str, inputs: tuple[int, ...]):
-    """Derivative of ``op`` in the tensors at positions ``inputs``: recompute through the reference."""
+    """Derivative of ``op`` in the tensors, and lists of tensors, at positions ``inputs``: recompute through the reference."""
 
     def setup_context(ctx, inputs, output):
-        ctx.args = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        flat, ctx.spec = tree_flatten(inputs)
+        ctx.flat = [None if isinstance(x, Tensor) else x for x in flat]
+        ctx.tensors = [k for k, x in enumerate(flat) if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(flat[k] for k in ctx.tensors))
 
     def backward(ctx, *grads):
-        args = list(ctx.args)
-        for i, x in zip(ctx.tensors, ctx.saved_tensors):
-            args[i] = x.detach()
-        wanted = [i for i in inputs if args[i] is not None and ctx.needs_input_grad[i]]
+        flat = list(ctx.flat)
+        for k, x in zip(ctx.tensors, ctx.saved_tensors):
+            flat[k] = x.detach()
+        args = tree_unflatten(flat, ctx.spec)
+        given = [i for i in inputs if i < len(ctx.needs_input_grad)]  # the dispatcher leaves defaults out
+        needed = tree_leaves([ctx.needs_input_grad[i] for i in given])
+        wanted = [x for x, needs in zip(tree_leaves([args[i] for i in given]), needed) if needs]
         with torch.enable_grad():
-            for i in wanted:
-                args[i].requires_grad_()
+            for x in wanted:
+                x.requires_grad_()
             out = getattr(reference, op)(*args)
         out, grads = (out, grads) if isinstance(out, tuple) else ((out,), grads)
         pairs = [(o, g) for o, g in zip(out, grads) if g is not None and o.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], [args[i] for i in wanted], [g for _, g in pairs])
-        result = [None] * len(args)
-        for i, g in zip(wanted, found):
-            result[i] = g
-        return tuple(result)
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs])
+        by_id = {id(x): g for x, g in zip(wanted, found)}
+        return tuple(tree_map(lambda x: by_id.get(id(x)), x) if i in inputs else None for i, x in enumerate(args))
 
     torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
 
@@ -144,6 +148,7 @@ for _name, _fake in FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_LIBRARY)
 for _name, _inputs in {
     "gram": (0, 1, 2, 3),
+    "gram_layers": (0, 1, 2, 3),
     "gram_conv": (0, 1, 7, 8),
     "gram_embedding": (1, 3),
     "sqnorm": (0, 1),

@@ -6,7 +6,7 @@ float32 and float64 stay what they are.
 """
 
 from .combine import combine, combine_conv, combine_embedding
-from .gram import gram, gram_conv, gram_embedding
+from .gram import gram, gram_conv, gram_embedding, gram_layers
 from .project import project, project_conv, project_embedding, project_random
 from .sample_loss import (
     linear_sample_loss,
@@ -20,7 +20,7 @@ from .w2 import w2_features, w2_moments, w2_sorted
 
 __all__ = [
     "combine", "combine_conv", "combine_embedding",
-    "gram", "gram_conv", "gram_embedding",
+    "gram", "gram_conv", "gram_embedding", "gram_layers",
     "linear_sample_loss", "linear_sample_loss_backward",
     "project", "project_conv", "project_embedding", "project_random",
     "sample_loss", "sample_loss_backward",

@@ -52,6 +52,12 @@ def _tiles(a, b, a2, b2):
     return out
 
 
+def gram_layers(a: list[Tensor], b: list[Tensor], a2: list[Tensor], b2: list[Tensor]) -> Tensor:
+    """Gram of many one-position layers at once: a[l] (n,d_in_l), b[l] (n,d_out_l); a2, b2 the other side or empty → (n, m)."""
+    none = [None] * len(a)
+    return sum(gram(*layer, route="rows") for layer in zip(a, b, a2 or none, b2 or none, strict=True))
+
+
 def gram_conv(
     x: Tensor, g: Tensor, kernel_size, stride, padding, dilation, groups: int,
     x2: Tensor | None = None, g2: Tensor | None = None, route: str = "tiles",

@@ -47,6 +47,17 @@ def test_gram_is_as_good_as_plain_torch(cpp, assert_as_good, dtype, shape, symme
         assert_as_good(cpp.gram(*args, *([None, None] if symmetric else []), route), plain, truth)
 
 
+@pytest.mark.parametrize("n, m", [(1, 2), (0, 2), (7, 9), (33, 65), (64, 1)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gram_of_layers_is_as_good_as_plain_torch(cpp, assert_as_good, dtype, n, m, symmetric):
+    widths = (3, 33, 151, 0, 8), (5, 129, 372, 2, 1)
+    args = [[torch.randn(k, d).to(dtype) for d in each] for k in (n, m) for each in widths]
+    args = args[:2] + [[], []] if symmetric else args
+    sides = args[:2] * 2 if symmetric else args
+    plain = sum(plain_gram(*(x[:, None] for x in layer)) for layer in zip(*sides))
+    assert_as_good(cpp.gram_layers(*args), plain, reference.gram_layers(*map(double, args)))
+
+
 def test_gram_of_strided_factors(cpp):
     x = torch.randn(9, 40, 12)
     b = torch.randn(12, 9, 20)
@@ -92,6 +103,7 @@ def test_results_do_not_depend_on_the_number_of_threads(cpp):
     x, g, ids = torch.randn(40, 20, 9, 9), torch.randn(40, 33, 9, 9), torch.randint(0, 9, (130, 6))
     conv = [[3, 3], [1, 1], [1, 1], [1, 1], 1]
     calls = [lambda: cpp.gram(a, b, None, None, "tiles"), lambda: cpp.gram(a, b, None, None, "pairs"),
+             lambda: cpp.gram_layers([a[:, 0], a[:, 1]], [b[:, 0], b[:, 1]], [], []),
              lambda: cpp.gram_conv(x, g, *conv, None, None, "tiles"), lambda: cpp.gram_embedding(ids, b),
              lambda: cpp.sqnorm(a, b), lambda: cpp.step_gram([a, a + 1], 2)]  # fmt: skip
     before = torch.get_num_threads()
@@ -127,6 +139,11 @@ def test_arguments_are_checked(cpp):
                  (a, b, a[:, :, :2], b, "tiles")]:  # fmt: skip
         with pytest.raises(RuntimeError, match="gram"):
             cpp.gram(*args)
+    a, b = a[:, 0], b[:, 0]
+    for args in [([], [], [], []), ([a], [], [], []), ([a, a], [b, b], [a], [b]), ([a], [b], [a], []), ([a, a[:4]], [b, b[:4]], [], []),
+                 ([a[:, None]], [b[:, None]], [], []), ([a], [b], [a[:, :2]], [b]), ([a], [b[:4]], [], [])]:  # fmt: skip
+        with pytest.raises((RuntimeError, NotImplementedError), match="gram"):
+            cpp.gram_layers(*args)
 
 
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])

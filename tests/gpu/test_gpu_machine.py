@@ -14,8 +14,6 @@ from entangle_fast import dispatch, reference
 
 pytest.importorskip("triton")
 
-from entangle_fast.kernels import gram  # noqa: E402
-
 
 def test_a_whole_step_captures_into_a_graph_and_replays(backend):
     params = [torch.randn(300, 128, device="cuda"), torch.randn(129, device="cuda")]
@@ -69,7 +67,7 @@ def test_grams_and_combine_capture_too():
 
     def run():
         grams = [ef.ops.gram(a, b, route="pairs"), ef.ops.gram(a, b, route="tiles"), ef.ops.gram(a[:, 0], b[:, 0], route="rows")]
-        return [*grams, gram.gram_rows_grouped(layers), ef.ops.combine(a, b, w)]
+        return [*grams, ef.ops.gram_layers(layers), ef.ops.combine(a, b, w)]
 
     want = run()
     assert all(torch.equal(x, y) for x, y in zip(captured(run), want))
@@ -93,12 +91,12 @@ def test_cuda_kernels_capture_too(served):
 
 def test_rows_of_all_layers_on_two_streams_do_not_share_their_counter():
     layers = [(torch.randn(64, 96, device="cuda"), torch.randn(64, 32, device="cuda")) for _ in range(20)]
-    want, streams, found = gram.gram_rows_grouped(layers), [torch.cuda.Stream() for _ in range(2)], []
+    want, streams, found = ef.ops.gram_layers(layers), [torch.cuda.Stream() for _ in range(2)], []
     torch.cuda.synchronize()
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(gram.gram_rows_grouped(layers))
+                found.append(ef.ops.gram_layers(layers))
     torch.cuda.synchronize()
     assert all(torch.equal(x, want) for x in found)
 
@@ -114,7 +112,7 @@ def test_no_host_synchronisation_in_a_step(backend):
         ef.ops.gram(a, b, route="tiles")
         if backend == "triton":
             ef.ops.combine(a, b, w)
-            gram.gram_rows_grouped([(a[:, 0], b[:, 0])] * 3)
+            ef.ops.gram_layers([(a[:, 0], b[:, 0])] * 3)
 
     once()
     torch.cuda.set_sync_debug_mode("error")

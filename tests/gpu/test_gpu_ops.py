@@ -131,21 +131,19 @@ def test_distances(check, n, m):
 @pytest.mark.parametrize("dtype", LOW)
 def test_rows_of_all_layers(served, dtype):
     """One launch, split over layers or not; the same bits every time."""
-    from entangle_fast.kernels import gram
-
     for n, m in ((1, 1), (129, 151), (700, 40)):
         widths = [(33, 5), (64, 64), (1, 151), (256, 128)] * 3
         left, right = ([(torch.randn(k, d).to(dtype).cuda(), torch.randn(k, e).to(dtype).cuda()) for d, e in widths] for k in (n, m))
         for others in (None, right):
             calls = [(*p, *q) for p, q in zip(left, others or left)]
-            got, again = (gram.gram_rows_grouped(left, others) for _ in range(2))
+            with served("triton") as remember:
+                got, again = (ef.ops.gram_layers(left, others) for _ in range(2))
+                remember("gram_layers")
             with plain_precision():
                 plain = sum(reference.gram(*c, route="rows").float() for c in calls)
             want = sum(reference.gram(*moved(c, "cpu", torch.float64), route="rows") for c in calls)
-            compare("gram_rows_grouped", got, again, plain, want, torch.finfo(torch.float32).eps)
+            compare("gram_layers", got, again, plain, want, torch.finfo(torch.float32).eps)
             assert others is not None or torch.equal(got, got.T)
-    with served("triton") as remember:
-        remember("gram")
 
 
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])

@@ -123,7 +123,7 @@ def workloads() -> dict:
             x, g = conv(dtype)
             w = torch.zeros(2, 16)
             gram.gram(*rows, route="rows")
-            gram.gram_rows_grouped([(x[:, 0], y[:, 0]) for x, y in (few, few)])
+            gram.gram_layers(*([f[:, 0]] * 2 for f in few), [], [])
             gram.gram(*rows, *rows, route="rows")
             gram.gram(*few, route="pairs")
             gram.gram(*many, route="tiles")

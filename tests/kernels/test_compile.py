@@ -75,8 +75,8 @@ def test_rows_of_all_layers_are_one_launch(n, others):
     import torch
     from entangle_fast.kernels import gram
 
-    layers = [(torch.zeros(n, d), torch.zeros(n, 2 * d)) for d in (8, 24, 64, 5, 16)]
-    found = launches.record(lambda: gram.gram_rows_grouped(layers, layers if others else None))
+    a, b = ([torch.zeros(n, twice * d) for d in (8, 24, 64, 5, 16)] for twice in (1, 2))
+    found = launches.record(lambda: gram.gram_layers(a, b, *((a, b) if others else ([], []))))
     assert [k.fn.__name__ for k, _, _ in found] == ["_rows"]
     assert found[0][1]["SPLIT"] == (n == 30)  # split over layers where the tiles leave the device empty
 

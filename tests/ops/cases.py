@@ -30,6 +30,7 @@ def arguments(dtype=torch.float32, grad=False):
     moments = [[torch.full_like(p, x, dtype=acc) for p in lists[0]] for x in (0.1, 0.2)]
     return {
         "gram": (r(N, T, I), r(N, T, O), None, None, "tiles"),
+        "gram_layers": ([r(N, I), r(N, 3)], [r(N, O), r(N, 2)], [r(2, I), r(2, 3)], [r(2, O), r(2, 2)]),
         "gram_conv": (*conv(), *shape, None, None, "tiles"),
         "gram_embedding": (ids(9, N, T), r(N, T, O), None, None, 2),
         "sqnorm": (r(N, T, I), r(N, T, O)),

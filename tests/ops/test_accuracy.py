@@ -46,6 +46,22 @@ def test_gram_and_its_kin(shape, dtype, generator):
     no_worse(ops.combine(a, b, w), torch.einsum("mn,noi->moi", w, grads), torch.einsum("mn,noi->moi", w.double(), wide))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, m", [(1, 3), (2, 1), (129, 5), (17, 151), (0, 3), (3, 0)])
+def test_gram_of_layers(n, m, dtype, generator):
+    widths = [(1, 3), (129, 2), (5, 151), (0, 4), (4, 0), (33, 31)]
+    sides = [[tuple(torch.randn(k, d, generator=generator).to(dtype) for d in pair) for pair in widths] for k in (n, m)]
+
+    def plain(layers, others, turn=lambda x: x):
+        return sum((turn(a) @ turn(c).T) * (turn(b) @ turn(d).T) for (a, b), (c, d) in zip(layers, others))
+
+    for others in (None, sides[1]):
+        both = sides[0], others or sides[0]
+        no_worse(ops.gram_layers(sides[0], others), plain(*both), plain(*both, torch.Tensor.double))
+    strided = [(a.mT.contiguous().mT, b[:1].expand(n, b.shape[1])) for a, b in sides[0]]
+    no_worse(ops.gram_layers(strided), plain(strided, strided), plain(strided, strided, torch.Tensor.double))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_gram_of_views(dtype, generator):
     base_a, base_b = (torch.randn(12, 8, 20, generator=generator).to(dtype) for _ in range(2))

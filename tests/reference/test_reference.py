@@ -65,6 +65,15 @@ def test_rows(rand):
         torch.testing.assert_close(ref.sqnorm(x, y), g.square().sum(1))
 
 
+def test_rows_of_layers(rand):
+    (a, b, g), (c, d, h) = linear(rand, t=1), linear(rand, t=1, d_in=2, d_out=3)
+    a, b, c, d = (x[:, 0] for x in (a, b, c, d))
+    torch.testing.assert_close(ref.gram_layers([a, c], [b, d], [], []), g @ g.T + h @ h.T)
+    torch.testing.assert_close(ref.gram_layers([a, c], [b, d], [a[:2], c[:2]], [b[:2], d[:2]]), g @ g[:2].T + h @ h[:2].T)
+    low = ref.gram_layers([a.bfloat16()], [b.bfloat16()], [], [])
+    assert low.dtype == torch.float32
+
+
 @pytest.mark.parametrize("d", [1, 30])
 def test_both_ways_to_sqnorm(rand, d):
     a, b, g = linear(rand, t=7, d_in=d, d_out=d)
@@ -126,6 +135,8 @@ def test_gradcheck(rand, generator):
     for f, inputs in (
         (lambda a, b: ops.gram(a, b), (a, b)),
         (lambda a, b: ops.gram(a[:2], b[:2], a[1:], b[1:]), (a, b)),
+        (lambda a, b: ops.gram_layers([(a[:, 0], b[:, 0]), (a[:, 1], b[:, 0])]), (a, b)),
+        (lambda a, b: ops.gram_layers([(a[:2, 0], b[:2, 0]), (w, b[:2, 1])], [(a[1:, 1], b[1:, 1]), (w, b[1:, 0])]), (a, b)),
         (ops.sqnorm, (a, b)),
         (ops.project, (a, b, rand(2, 2, 4).requires_grad_())),
         (ops.combine, (a, b, w)),

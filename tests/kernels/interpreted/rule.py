@@ -3,6 +3,7 @@
 import torch
 from plain import plain_precision
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from entangle_fast import reference
 
@@ -45,5 +46,5 @@ def check(module, op: str, *args) -> None:
     for x, y in zip(*([(got,), (ordinary,)] if isinstance(got, Tensor) else [got, ordinary])):
         assert x.dtype == y.dtype
     # where plain PyTorch is right by luck, on outputs of few elements: a sixteenth of its input's rounding, four times
-    eps = max(torch.finfo(x.dtype).eps for x in args if isinstance(x, Tensor) and x.is_floating_point()) / 16
+    eps = max(torch.finfo(x.dtype).eps for x in tree_leaves(args) if isinstance(x, Tensor) and x.is_floating_point()) / 16
     agree(got, plain, getattr(reference, op)(*map(exact, args)), op, eps)

@@ -79,14 +79,13 @@ def test_layouts_that_are_not_contiguous():
 
 
 def test_rows_of_all_layers_in_one_launch():
-    layers = [(torch.randn(9, d), torch.randn(9, e)) for d, e in ((33, 5), (64, 64), (1, 151))]
-    others = [(torch.randn(4, a.shape[1]), torch.randn(4, b.shape[1])) for a, b in layers]
-    want = sum(reference.gram(a.double(), b.double(), route="rows") for a, b in layers)
-    plain = sum(reference.gram(a, b, route="rows") for a, b in layers)
-    agree(gram.gram_rows_grouped(layers), plain, want)
-    pairs = [(*p, *q) for p, q in zip(layers, others)]
-    want = sum(reference.gram(*[x.double() for x in p], route="rows") for p in pairs)
-    agree(gram.gram_rows_grouped(layers, others), sum(reference.gram(*p, route="rows") for p in pairs), want)
+    a, b, a2, b2 = ([torch.randn(k, w) for w in widths] for k in (9, 4) for widths in ((33, 64, 1, 0), (5, 64, 151, 3)))
+    for dtype in DTYPES:
+        left, right = ([[x.to(dtype) for x in side] for side in pair] for pair in ((a, b), (a2, b2)))
+        check(gram, "gram_layers", *left, [], [])
+        check(gram, "gram_layers", *left, *right)
+    check(gram, "gram_layers", [a[0][:0]], [b[0][:0]], [], [])
+    check(gram, "gram_layers", [a[0].mT.contiguous().mT], [b[0][:1].expand(9, 5)], [], [])
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 40])
@@ -94,14 +93,11 @@ def test_rows_of_all_layers_in_one_launch():
 def test_rows_of_many_tiles_and_splits(n, m, multiprocessors, monkeypatch):
     """As many splits as the device has room for; a symmetric result to the bit, the same in every run."""
     monkeypatch.setattr(gram.launch, "processors", lambda x: multiprocessors)
-    layers = [factors(n, 1, d, e, torch.bfloat16) for d, e in ((33, 5), (64, 200), (1, 151), (16, 16))]
-    others = m and [factors(m, 1, a.shape[2], b.shape[2], torch.bfloat16) for a, b in layers]
-    sides = [[(a[:, 0], b[:, 0]) for a, b in side] for side in (layers, others or layers)]
-    calls = [(*p, *(q if m else (None, None))) for p, q in zip(*sides)]
-    got = gram.gram_rows_grouped(sides[0], sides[1] if m else None)
-    assert torch.equal(got, gram.gram_rows_grouped(sides[0], sides[1] if m else None)) and (m or torch.equal(got, got.T))
-    plain, want = (sum(reference.gram(*turn(list(c)), route="rows") for c in calls) for turn in (list, exact))
-    agree(got, plain, want)
+    widths = (33, 64, 1, 16), (5, 200, 151, 16)
+    args = [[torch.randn(k, w).bfloat16() for w in each] if k else [] for k in (n, m) for each in widths]
+    got = gram.gram_layers(*args)
+    assert torch.equal(got, gram.gram_layers(*args)) and (m or torch.equal(got, got.T))
+    agree(got, reference.gram_layers(*args), reference.gram_layers(*exact(args)))
 
 
 def test_a_symmetric_gram_is_symmetric_to_the_bit_and_the_same_every_time():
