@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import DenseFactor
 from .rules_elementwise import add_parameter, like, multiply_parameter
+
+CACHE = 1 << 20
 
 _NEEDS_EVAL = (
     "BatchNorm in train mode: its statistics mix the samples, so that no per-sample gradient exists; "
@@ -40,7 +45,9 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         if ctx.weight_use:
-            _record(ctx.weight_use, ctx.layout, g * ((x - mean) * rstd), len(ctx.shape))
+            parts = [ctx.layout.leading(z) for z in (g, x, mean, rstd)]
+            found = [_over_positions((x - m).mul_(r).mul_(g), len(ctx.shape)) for g, x, m, r in _some_samples(*parts)]
+            ctx.weight_use.record(DenseFactor(torch.cat(found)))
         if ctx.bias_use:
             _record(ctx.bias_use, ctx.layout, g, len(ctx.shape))
         dx = None
@@ -51,11 +58,21 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _record(use, layout, grads, dims: int) -> None:
-    """Sum over the positions of each sample: (…, *normalised shape) → (n, *normalised shape)."""
-    shape = grads.shape[-dims:]
-    rows = layout.leading(grads)
-    rows = rows.reshape(layout.n, rows.shape[1:].numel() // max(1, shape.numel()), *shape)
-    use.record(DenseFactor(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)))
+    use.record(DenseFactor(_over_positions(layout.leading(grads), dims)))
+
+
+def _over_positions(rows: Tensor, dims: int) -> Tensor:
+    """Sum over the positions of each sample: (n, …, *normalised shape) → (n, *normalised shape)."""
+    shape = rows.shape[-dims:]
+    rows = rows.reshape(len(rows), rows.shape[1:].numel() // max(1, shape.numel()), *shape)
+    return rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)
+
+
+def _some_samples(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same samples of each, as many as fit a CPU's cache: what is computed from them never goes to fresh memory."""
+    each = rows[0][:1].numel() * rows[0].element_size()
+    step = max(1, CACHE // max(1, each)) if rows[0].device.type == "cpu" else max(1, len(rows[0]))
+    return zip(*(x.split(step) for x in rows))
 
 
 def _layer_norm(tape, func, args, kwargs):
@@ -109,7 +126,7 @@ class _ChannelNorm(torch.autograd.Function):
         if ctx.weight_use or ctx.bias_use:
             total = g.reshape(n, channels, -1).sum(2)
             if ctx.weight_use:
-                moment = (g * x).reshape(n, channels, -1).sum(2)
+                moment = torch.cat([(a * b).reshape(len(a), channels, -1).sum(2) for a, b in _some_samples(g, x)])
                 mean, rstd = ctx.statistics.per_channel(x, saved)
                 _record(ctx.weight_use, ctx.layout, (moment - mean * total) * rstd, 1)
             if ctx.bias_use:

@@ -91,7 +91,8 @@ def linear_sample_loss(
     dtype = accumulate_dtype(h, weight)
     rows, ids = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     kept = ids != ignore_index
-    torch._assert_async((~kept | (ids >= 0) & (ids < len(weight))).all(), f"target: a label outside [0, {len(weight)}) that is not ignore_index")
+    inside = (ids >= 0) & (ids < len(weight))
+    torch._assert_async((~kept | inside).all(), f"target: a label outside [0, {len(weight)}) that is not ignore_index")
     lse = rows.new_full(ids.shape, -math.inf, dtype=torch.float64)  # of classes so far: many roundings, few elements
     picked, total = torch.zeros_like(lse), torch.zeros_like(lse)
     for lo, hi, x in _logits(rows, weight, bias):
