@@ -112,7 +112,8 @@ def _sorted_w2(x, y):
 
 
 def w2_features(n, d):
-    """W2² between Gaussians fitted to features; the result is its value. POT's form takes matrix square roots."""
+    """W2² between Gaussians fitted to features; the result is its value. Ours and torch's give its gradient too, POT, by matrix
+    square roots, the value alone: theirs has none where a covariance is singular."""
 
     def make(wanted):
         x, y = torch.randn(n, d), torch.randn(n, d) * 1.2 + 0.3
@@ -122,7 +123,16 @@ def w2_features(n, d):
 
             return lambda: ot.gaussian.empirical_bures_wasserstein_distance(x, y, reg=0.0).squeeze() ** 2
 
-        form = {"ours": lambda: lambda: ours.w2_features(x, y)[0], "torch": lambda: lambda: _bures(x, y), "pot": pot}
+        def with_gradient():
+            def call():
+                z = x.detach().requires_grad_()
+                value = _bures(z, y)
+                torch.autograd.grad(value, z)
+                return value.detach()
+
+            return call
+
+        form = {"ours": lambda: lambda: ours.w2_features(x, y)[0], "torch": with_gradient, "pot": pot}
         return {p: form[p]() for p in wanted}
 
     return Job("w2_features", dict(n=n, d=d), F32, make, ("ours", "torch", "pot"), 0, 12 * n * d)

@@ -151,8 +151,8 @@ def main():
         row["ratio"] = row["plain"] / row["ours"] if agree else None
         print(f"{name:36} {row['ours'] * 1e3:9.1f} {row['plain'] * 1e3:9.1f} "
               f"{format(row['ratio'], '.2f') if agree else 'differs':>7} {row['error']:8.1e}", flush=True)  # fmt: skip
-    if options.out:
-        save_json(options.out, {"model": options.model, "rounds": options.rounds, "steps": rows, **machine_info()})
+        if options.out:  # row by row: the whole takes long
+            save_json(options.out, {"model": options.model, "rounds": options.rounds, "steps": rows, **machine_info()})
     return 0 if all(r["ratio"] for r in rows.values()) else 1
 
 
