@@ -37,6 +37,9 @@ template <class F> void by_type(ScalarType t, F&& f) {
   else f(float{});
 }
 
+// what an accumulate_type holds
+template <class F> void by_wide_type(ScalarType t, F&& f) { t == ScalarType::Double ? f(double{}) : f(float{}); }
+
 template <class T> T* data(const Tensor& x) { return (T*)x.data_ptr(); }
 
 inline Tensor dense(const Tensor& x, ScalarType dtype) {

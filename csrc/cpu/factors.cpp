@@ -14,6 +14,13 @@ int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 }  // namespace
 
+Layer layer(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype) {
+  STD_TORCH_CHECK(a.dim() == b.dim() && (a.dim() == 2 || a.dim() == 3), op, ": a and b are (n,d) or (n,t,d)");
+  STD_TORCH_CHECK(a.size(0) == b.size(0) && (a.dim() == 2 || a.size(1) == b.size(1)), op, ": a and b differ in n or t");
+  const int64_t last = a.dim() - 1;
+  return {dense(a, dtype), dense(b, dtype), a.size(0), last == 2 ? a.size(1) : 1, a.size(last), b.size(last)};
+}
+
 template <class T>
 LinearGradients<T>::LinearGradients(const T* a_, const T* b_, int64_t n_, int64_t t_, int64_t d_in_, int64_t d_out_, bool may_swap)
     : a(a_), b(b_), t(t_), d_in(d_in_), d_out(d_out_) {

@@ -9,6 +9,13 @@
 
 namespace ef::cpu {
 
+struct Layer {  // a (n,t,d_in) or (n,d_in), b (n,t,d_out) or (n,d_out), contiguous
+  Tensor a, b;
+  int64_t n, t, d_in, d_out;
+};
+// both as `dtype`, their shapes checked in the name of `op`
+Layer layer(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype);
+
 // A piece of the gradient: rows [o0, o0+o) x columns [j0, j0+j), `cells` elements with padding, of group `group`.
 struct Piece {
   int64_t o0, o, j0, j, cells, group;

@@ -22,20 +22,15 @@ template <class T, class Acc> void mirror(Acc* k, int64_t n) {
   });
 }
 
-struct Factors {  // contiguous (n,t,d)
-  Tensor a, b;
-  int64_t n, t, d_in, d_out;
-};
-
-Factors factors(const Tensor& a, const Tensor& b, ScalarType dtype, bool pairs) {
-  STD_TORCH_CHECK(a.dim() == b.dim() && (a.dim() == 2 || a.dim() == 3), "gram: a and b are (n,d) or (n,t,d)");
-  STD_TORCH_CHECK(a.size(0) == b.size(0) && (a.dim() == 2 || a.size(1) == b.size(1)), "gram: a and b differ in n or t");
-  Tensor x = dense(a, dtype), y = dense(b, dtype);
-  if (pairs && dtype == ScalarType::BFloat16) x = whole_pairs(x), y = whole_pairs(y);
-  return {x, y, a.size(0), a.dim() == 3 ? a.size(1) : 1, x.size(x.dim() - 1), y.size(y.dim() - 1)};
+Layer factors(const Tensor& a, const Tensor& b, ScalarType dtype, bool pairs) {
+  Layer x = layer("gram", a, b, dtype);
+  if (!pairs || dtype != ScalarType::BFloat16) return x;
+  x.a = whole_pairs(x.a), x.b = whole_pairs(x.b);
+  x.d_in = x.a.size(x.a.dim() - 1), x.d_out = x.b.size(x.b.dim() - 1);
+  return x;
 }
 
-template <class T, class Acc> void run(const Factors& x, const Factors* y, const std::string& route, Acc* out) {
+template <class T, class Acc> void run(const Layer& x, const Layer* y, const std::string& route, Acc* out) {
   const T *xa = data<T>(x.a), *xb = data<T>(x.b), *ya = y ? data<T>(y->a) : nullptr, *yb = y ? data<T>(y->b) : nullptr;
   if (route == "tiles") {
     const LinearGradients<T> left(xa, xb, x.n, x.t, x.d_in, x.d_out);
@@ -76,8 +71,8 @@ Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::opt
   STD_TORCH_CHECK(route == "rows" || route == "pairs" || route == "tiles", "gram: route is rows, pairs or tiles");
   const bool symmetric = !a2.has_value(), pairs = route != "tiles";
   const ScalarType type = compute_type(a.scalar_type()), acc = accumulate_type(type);
-  const Factors x = factors(a, b, type, pairs);
-  std::optional<Factors> y;
+  const Layer x = factors(a, b, type, pairs);
+  std::optional<Layer> y;
   if (!symmetric) y = factors(*a2, *b2, type, pairs);
   STD_TORCH_CHECK(symmetric || (x.d_in == y->d_in && x.d_out == y->d_out), "gram: the two sides differ in d_in or d_out");
   STD_TORCH_CHECK(route != "rows" || (x.t == 1 && (symmetric || y->t == 1)), "gram: route rows needs t = 1");
@@ -107,8 +102,8 @@ Tensor gram_layers(std::vector<Tensor> a, std::vector<Tensor> b, std::vector<Ten
     using T = decltype(zero);
     using Acc = typename Rows<T>::A;
     for (size_t l = 0; l < layers; ++l) {
-      const Factors x = factors(a[l], b[l], type, true);
-      std::optional<Factors> y;
+      const Layer x = factors(a[l], b[l], type, true);
+      std::optional<Layer> y;
       if (!symmetric) y = factors(a2[l], b2[l], type, true);
       STD_TORCH_CHECK(x.a.dim() == 2 && x.n == n && (symmetric || (y->a.dim() == 2 && y->n == m)),
                       "gram_layers: layer ", l, " is not (n,d) with the n of the first");

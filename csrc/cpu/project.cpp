@@ -2,7 +2,7 @@
 //
 //   factors  D_k against the factors, (b D_k) o a, some samples at a time: through torch's GEMM    2 n t k d_in d_out FLOPs
 //   tiles    gradients formed, packed, multiplied by the same piece of every direction             2 n (t + k) d_in d_out FLOPs
-// A random basis is drawn piece by piece, twelve words' work an element, and never stored. Limit: the FMA rate.
+// A random basis is drawn piece by piece, once for all samples, and never stored. Limit: the FMA rate.
 #include "factors.h"
 #include "kernels.h"
 
@@ -67,60 +67,53 @@ template <class T, class F> void by_tiles(const LinearGradients<T>& left, int64_
   }
 }
 
-struct Factors {
-  Tensor a, b, out;
-  int64_t n, t, d_in, d_out;
-  ScalarType type;
-};
-
-Factors factors(const Tensor& a, const Tensor& b, int64_t k) {
-  STD_TORCH_CHECK(a.dim() == b.dim() && (a.dim() == 2 || a.dim() == 3), "project: a and b are (n,d) or (n,t,d)");
-  STD_TORCH_CHECK(a.size(0) == b.size(0) && (a.dim() == 2 || a.size(1) == b.size(1)), "project: a and b differ in n or t");
+// the layer in (n,t,d), and zeros (n,k)
+std::pair<Layer, Tensor> onto(const Tensor& a, const Tensor& b, int64_t k) {
   const ScalarType type = accumulate_type(a.scalar_type());
-  const int64_t n = a.size(0), t = a.dim() == 3 ? a.size(1) : 1, d_in = a.size(a.dim() - 1), d_out = b.size(b.dim() - 1);
-  Tensor out = empty_like_dtype(a, {n, k}, type);
-  torch::stable::zero_(out);
-  return {torch::stable::view(dense(a, type), {n, t, d_in}), torch::stable::view(dense(b, type), {n, t, d_out}), out, n, t, d_in, d_out, type};
+  Layer x = layer("project", a, b, type);
+  x.a = torch::stable::view(x.a, {x.n, x.t, x.d_in}), x.b = torch::stable::view(x.b, {x.n, x.t, x.d_out});
+  Tensor out = empty_like_dtype(x.a, {x.n, k}, type);
+  return {x, torch::stable::zero_(out)};
 }
 
-template <class F> void by_width(ScalarType type, F f) { type == ScalarType::Double ? f(double{}) : f(float{}); }
+bool nothing(const Layer& x, const Tensor& out) { return out.numel() == 0 || x.t * x.d_in * x.d_out == 0; }
 
 }  // namespace
 
 Tensor project(const Tensor& a, const Tensor& b, const Tensor& basis_) {
   const int64_t k = basis_.dim() == 3 ? basis_.size(0) : 0;
-  Factors x = factors(a, b, k);
+  auto [x, out] = onto(a, b, k);
   STD_TORCH_CHECK(basis_.dim() == 3 && basis_.size(1) == x.d_out && basis_.size(2) == x.d_in, "project: basis is (k, d_out, d_in)");
-  if (x.out.numel() == 0 || x.t * x.d_in * x.d_out == 0) return x.out;
-  Tensor basis = dense(basis_, x.type);
-  by_width(x.type, [&](auto zero) {
+  if (nothing(x, out)) return out;
+  Tensor basis = dense(basis_, out.scalar_type());
+  by_wide_type(out.scalar_type(), [&, &x = x, &out = out](auto zero) {
     using T = decltype(zero);
     const int64_t width = contract_of<T>().width, padded = (k + width - 1) / width * width;
-    if (kTiles * (double)(x.t * k) <= (double)(x.t + padded)) return by_factors<T>(x.a, x.b, basis, x.out);
+    if (kTiles * (double)(x.t * k) <= (double)(x.t + padded)) return by_factors<T>(x.a, x.b, basis, out);
     const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out);
     const bool swapped = left.a != data<T>(x.a);
     if (swapped) basis = torch::stable::contiguous(torch::stable::transpose(basis, 1, 2));
     const T* rows = data<T>(basis);
-    by_tiles<T>(left, k, x.out, [&](int64_t first, int64_t count) {
+    by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) {
       return GivenGradients<T>(rows + first * x.d_in * x.d_out, count, left.d_in, left.d_out, left.pieces);
     });
   });
-  return x.out;
+  return out;
 }
 
 Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed, int64_t offset, std::string kind) {
   STD_TORCH_CHECK(k >= 0 && (kind == "sign" || kind == "gaussian"), "project_random: k >= 0, kind sign or gaussian");
-  Factors x = factors(a, b, k);
-  if (x.out.numel() == 0 || x.t * x.d_in * x.d_out == 0) return x.out;
-  by_width(x.type, [&](auto zero) {
+  auto [x, out] = onto(a, b, k);
+  if (nothing(x, out)) return out;
+  by_wide_type(out.scalar_type(), [&, &x = x, &out = out](auto zero) {
     using T = decltype(zero);
     // not swapped: a row of a piece is then drawn as it follows in the stream
     const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out, false);
-    by_tiles<T>(left, k, x.out, [&](int64_t first, int64_t count) {
+    by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) {
       return RandomGradients<T>(first, count, x.d_in, x.d_out, left.pieces, (uint64_t)seed, (uint64_t)offset, kind == "sign");
     });
   });
-  return x.out;
+  return out;
 }
 
 }  // namespace ef::cpu

@@ -41,12 +41,9 @@ template <class T, class Acc> void positions(const T* a, const T* b, int64_t n, 
 }  // namespace
 
 Tensor sqnorm(const Tensor& a_, const Tensor& b_) {
-  STD_TORCH_CHECK(a_.dim() == b_.dim() && (a_.dim() == 2 || a_.dim() == 3), "sqnorm: a and b are (n,d) or (n,t,d)");
-  STD_TORCH_CHECK(a_.size(0) == b_.size(0) && (a_.dim() == 2 || a_.size(1) == b_.size(1)), "sqnorm: a and b differ in n or t");
   const ScalarType type = compute_type(a_.scalar_type()), acc = accumulate_type(type);
-  Tensor a = dense(a_, type), b = dense(b_, type);
-  const int64_t n = a.size(0), t = a.dim() == 3 ? a.size(1) : 1;
-  int64_t d_in = a.size(a.dim() - 1), d_out = b.size(b.dim() - 1);
+  auto [a, b, n_, t_, d_in, d_out] = layer("sqnorm", a_, b_, type);
+  const int64_t n = n_, t = t_;
   Tensor out = empty_like_dtype(a, {n}, acc);
   if (n == 0 || t == 0 || d_in == 0 || d_out == 0) return torch::stable::zero_(out);
   const bool by_position = t > 1 && t * (d_in + d_out) <= d_in * d_out;

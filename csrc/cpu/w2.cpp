@@ -134,7 +134,7 @@ template <class F> std::tuple<Tensor, Tensor> distance(const Tensor& losses, con
     using T = decltype(zero);
     *data<T>(value) = (T)of(data<T>(x), x.size(0), data<T>(y), y.size(0), data<T>(weights));
   };
-  type == ScalarType::Double ? run(double{}) : run(float{});
+  by_wide_type(type, run);
   return {value, weights};
 }
 

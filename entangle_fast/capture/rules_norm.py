@@ -13,7 +13,7 @@ from .errors import CaptureError
 from .factors import DenseFactor
 from .rules_elementwise import add_parameter, like, multiply_parameter
 
-CACHE = 1 << 20
+_CACHE = 1 << 20  # bytes of one operand at a time: all of them together stay in L2 or L3
 
 _NEEDS_EVAL = (
     "BatchNorm in train mode: its statistics mix the samples, so that no per-sample gradient exists; "
@@ -71,7 +71,7 @@ def _over_positions(rows: Tensor, dims: int) -> Tensor:
 def _some_samples(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same samples of each, as many as fit a CPU's cache: what is computed from them never goes to fresh memory."""
     each = rows[0][:1].numel() * rows[0].element_size()
-    step = max(1, CACHE // max(1, each)) if rows[0].device.type == "cpu" else max(1, len(rows[0]))
+    step = max(1, _CACHE // max(1, each)) if rows[0].device.type == "cpu" else max(1, len(rows[0]))
     return zip(*(x.split(step) for x in rows))
 
 

@@ -21,7 +21,7 @@ def sample_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 
 
 def square(tensors: Sequence[Tensor]) -> Tensor:
-    """‖x‖² over many tensors, 0-d float64, in one pass: torch's norms take ten times as long on a CPU."""
+    """‖x‖² over many tensors, 0-d float64, in one pass."""
     return ops.step_gram([tensors])[0, 0]
 
 

@@ -15,7 +15,6 @@ Everything runs in eval mode: BatchNorm statistics stay the unlearned model's, d
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.training import batch_order, device_of, in_mode
+from ..progress import shown
 from .accuracy import accuracy
 from .losses import sample_losses
 from .relearning_attackers import LEARNING_RATES, ROWS, attack
@@ -178,7 +178,7 @@ def relearn(
     test = None if test is None else _some(*test, eval_samples)
     original_loss = _finite(sample_losses(original, x, y).double().mean().item(), "the original model's loss on forget")
     rows = []
-    with in_mode(model, False), _bar(progress, f"relearning, {attacker}", steps) as advance:
+    with in_mode(model, False), shown(progress, f"relearning, {attacker}", steps) as advance:
         mu = _pl_constant(model, x, y, original_loss)
         attackers, step = attack(model, retain if attacker == "retain" else forget, seeds, batched, head, recipe)
         weight_path = torch.zeros(len(seeds), dtype=torch.float64)
@@ -190,7 +190,7 @@ def relearn(
                 loss, right = attackers.evaluate(x, y)
                 _all_finite(loss, seeds, t, attacker, lr, "forget set")
                 rows.append((t, loss, right, None if test is None else attackers.evaluate(*test)[0]))
-            advance(t)
+            advance(t, "")
     at, curve, right, held_out = zip(*rows)
     return Relearning(
         **recipe, seeds=seeds, batched="vmap" if attackers.vmapped else "loop", steps=torch.tensor(at),
@@ -278,16 +278,3 @@ def _all_finite(losses: Tensor, seeds, t: int, attacker: str, lr: float, where: 
         i = int(bad.nonzero()[0])
         raise FloatingPointError(f"attacker {attacker!r}, seed {seeds[i]}: the loss on the {where} is {losses[i].item()} at step {t} "
                                  f"(lr {lr}); an attack that diverges measures nothing: lower lr")  # fmt: skip
-
-
-@contextlib.contextmanager
-def _bar(progress: bool, name: str, total: int):
-    if not progress:
-        yield lambda t: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda t: bar.update(task, completed=t)
