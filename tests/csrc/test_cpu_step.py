@@ -1,5 +1,6 @@
 import pytest
 import torch
+from solving import check_a_ridge_below_all_counts_for_none, check_not_finite_is_not_dropped, check_too_short_is_left_out
 
 from entangle_fast import reference
 
@@ -61,41 +62,23 @@ def test_step_project(cpp, dtype, held, k, case):
     torch.testing.assert_close(coef, solved, rtol=1e-9, atol=1e-9 * (1e4 if case == "short" else 1))
 
 
-FEW = [(3,), (5, 7), (0,), (301,)]
-
-
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
 @pytest.mark.parametrize("ridge", [0.0, 50.0])
 @pytest.mark.parametrize("held", [True, False])
 def test_step_project_leaves_out_what_is_too_short(cpp, dtype, held, ridge, k):
-    flat = [torch.randn(*s).to(dtype) for _ in range(k + 1 + held) for s in FEW]
-    flat[:4] = [x * 1e-35 for x in flat[:4]]
-    coef, wanted, without = (
-        op(flat[at : 4 * k], flat[4 * k : -4], flat[-4:], 0.9, ridge, 1e-12)[1]
-        for op, at in ((cpp.step_project, 0), (reference.step_project, 0), (cpp.step_project, 4))
-    )
-    assert coef[0] == 0
-    torch.testing.assert_close(coef, wanted, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(coef[1:], without, rtol=1e-12, atol=1e-12)
+    check_too_short_is_left_out(cpp.step_project, k, ridge, held, dtype)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
 @pytest.mark.parametrize("ridge", [0.0, 50.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_step_project_does_not_drop_what_is_not_finite(cpp, dtype, bad, ridge, k):
-    for spoilt in (0, 4 * (k - 1), 4 * k, 4 * k + 4):  # the first and the last direction, momentum, gradient
-        flat = [torch.randn(*s).to(dtype) for _ in range(k + 2) for s in FEW]
-        flat[:4] = [x * 0 for x in flat[:4]]
-        flat[spoilt][1] = bad
-        for op in (cpp.step_project, reference.step_project):
-            assert op(flat[: 4 * k], flat[4 * k : -4], flat[-4:], 0.9, ridge, 1e-12)[1].isnan().all()
+    check_not_finite_is_not_dropped(cpp.step_project, k, ridge, bad, dtype)
 
 
 @pytest.mark.parametrize("ridge", [1e-310, 1e-61])
 def test_step_project_takes_a_ridge_below_all_that_counts_for_none(cpp, ridge):
-    x, y = torch.randn(300), torch.randn(300)
-    args = ([x, y, x.clone()], [], [y + 1], 0.0)
-    assert torch.equal(cpp.step_project(*args, ridge, 1e-12)[1], cpp.step_project(*args, 0.0, 1e-12)[1])
+    check_a_ridge_below_all_counts_for_none(cpp.step_project, ridge)
 
 
 @pytest.mark.parametrize("k, noise", [(0, 0.0), (1, 0.1), (2, 0.0), (2, 0.1), (5, 0.1)])

@@ -2,6 +2,7 @@ import bound
 import pytest
 import torch
 from shapes import assert_as_good, bits, misaligned, some
+from solving import check_a_ridge_below_all_counts_for_none, check_not_finite_is_not_dropped, check_too_short_is_left_out
 
 from entangle_fast import reference
 
@@ -95,32 +96,17 @@ def test_project(cuda, held, case, k):
 @pytest.mark.parametrize("held, ridge", [(False, 0.0), (True, 0.0), (True, 50.0)])
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
 def test_project_leaves_out_what_is_too_short(cuda, held, ridge, k):
-    flat = [torch.randn(s) for _ in range(k + 1 + held) for s in ((129,), (5, 7))]
-    flat[:2] = [x * 1e-35 for x in flat[:2]]
-    coef, wanted, without = (
-        op(flat[at : 2 * k], flat[2 * k : -2], flat[-2:], 0.9, ridge, 1e-12)[1]
-        for op, at in ((cuda.step_project, 0), (reference.step_project, 0), (cuda.step_project, 2))
-    )
-    assert coef[0] == 0
-    torch.testing.assert_close(coef, wanted, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(coef[1:], without, rtol=1e-12, atol=1e-12)
+    check_too_short_is_left_out(cuda.step_project, k, ridge, held)
 
 
 @pytest.mark.parametrize("k, ridge, bad", [(1, 0.0, "nan"), (2, 50.0, "nan"), (3, 0.0, "inf"), (6, 0.0, "nan"), (6, 50.0, "inf")])
 def test_project_does_not_drop_what_is_not_finite(cuda, k, ridge, bad):
-    for spoilt in (0, k - 1, k, k + 1):  # the first and the last direction, momentum, gradient
-        flat = [torch.randn(129) for _ in range(k + 2)]
-        flat[0] = flat[0] * 0
-        flat[spoilt][1] = float(bad)
-        for op in (cuda.step_project, reference.step_project):
-            assert op(flat[:k], flat[k:-1], flat[-1:], 0.9, ridge, 1e-12)[1].isnan().all()
+    check_not_finite_is_not_dropped(cuda.step_project, k, ridge, float(bad))
 
 
 @pytest.mark.parametrize("ridge", [1e-310, 1e-61])
 def test_project_takes_a_ridge_below_all_that_counts_for_none(cuda, ridge):
-    x, y = torch.randn(300), torch.randn(300)
-    args = ([x, y, x.clone()], [], [y + 1], 0.0)
-    assert torch.equal(cuda.step_project(*args, ridge, 1e-12)[1], cuda.step_project(*args, 0.0, 1e-12)[1])
+    check_a_ridge_below_all_counts_for_none(cuda.step_project, ridge)
 
 
 def test_project_of_two_dtypes_of_none_and_of_nothing(cuda):

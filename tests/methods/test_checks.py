@@ -1,4 +1,4 @@
-"""What is refused before the first step. Bad parameters and shapes: tests/test_job.py."""
+"""What is refused before the first step. Bad parameters and shapes: tests/job."""
 
 import pytest
 from small import net, sets

@@ -1,0 +1,84 @@
+"""unlearn(): what the whole job gives."""
+
+import json
+
+import pytest
+import torch
+from running import METHODS, SMALL, STEPS, bits, go, same, untimed
+from small import sets, trained
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from entangle_fast import report, storage
+from entangle_fast.job import CHECKPOINT
+from entangle_fast.methods import Entangled
+
+
+def test_it_forgets_and_keeps():
+    result = go(method=Entangled(**SMALL, epochs1=2.0, lr1=0.05, epochs2=2.0, lr2=0.02))
+    assert result.before["forget"] > 80 and result.before["remote"] > 80
+    assert result.after["forget"] < 20 and result.after["adjacent"] > 70 and result.after["remote"] > 70, result.after
+    assert len(result.history) == STEPS and result.seconds > 0 and result.peak_mb >= 0
+    assert [r["stage"] for r in result.history] == ["stage1"] * 6 + ["stage2"] * 6
+    assert all(type(v) in (int, float, str) for row in result.history for v in row.values())
+    for k in (5, 11):
+        assert {"acc_forget", "acc_adjacent", "acc_remote"} <= set(result.history[k])
+    assert set(result.facts) == {"first_order", "forget_bound"}
+    assert {k.split("/")[2] for k in result.losses} == {"before", "stage1", "stage2"}
+    assert result.losses["entangled/0/before/forget"].shape == (20,)
+
+
+def test_the_report(tmp_path):
+    result = go(out=tmp_path, test=sets(forget=8))
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert set(found["methods"]) == {"original", "entangled"}
+    row = found["methods"]["entangled"]
+    assert {"forget", "adjacent", "remote", "seconds", "peak_mb", "per_class", "seeds"} <= set(row)
+    assert row["forget"] == pytest.approx(result.after["forget"]) and row["seeds"][0]["seed"] == 0
+    assert found["facts"]["first_order"]["applies"]
+    assert len((tmp_path / report.HISTORY).read_text().splitlines()) == 1 + STEPS
+    assert same(storage.load_tensors(tmp_path / "model.safetensors"), bits(result.model))
+    assert result.losses["entangled/0/stage2/forget"].shape == (8,)
+    assert 'name = "entangled"' in (tmp_path / "config.toml").read_text() and not (tmp_path / CHECKPOINT).exists()
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".csv", ".toml", ".safetensors"}
+
+
+def test_modes_and_requires_grad_are_as_found():
+    model = trained().train()
+    model[1].eval()
+    modes, needs = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    statistics = model[1].running_mean.clone()
+    go(model)
+    assert [m.training for m in model.modules()] == modes and [p.requires_grad for p in model.parameters()] == needs
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bits(method):
+    one = go(method=method)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    two = go(model=trained(), method=method)
+    assert same(bits(one.model), bits(two.model)) and untimed(one.history) == untimed(two.history)
+    assert one.facts == two.facts
+    if method == "means":
+        assert not same(bits(one.model), bits(go(seed=1).model))
+        torch.set_rng_state(state)
+        go(model=one.model)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class Pairs(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], int(self.y[i])
+
+
+@pytest.mark.parametrize("wrap", [Pairs, TensorDataset, lambda x, y: DataLoader(Pairs(x, y), batch_size=3)])
+def test_datasets_and_loaders_give_what_tensors_give(wrap):
+    wrapped = {name: wrap(*pair) for name, pair in sets().items()}
+    assert same(bits(go().model), bits(go(**wrapped).model))
