@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, layer, table, tiles, tune
+from . import cache, launch, layer, table, tiles, tune
 from .launch import cdiv
 from .layer import Layer, Side, row_offsets
 from .pairs import products
@@ -157,11 +157,11 @@ def _counter(count: int, device: torch.device) -> Tensor:
     def make():
         return torch.zeros(count, dtype=torch.int32, device=device)
 
-    if launch.capturing(device):  # a graph may be replayed beside other streams: its zeros are its own
+    if cache.capturing(device):  # a graph may be replayed beside other streams: its zeros are its own
         return make()
     count = launch.power_of_2(count, 256)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return launch.cached(("counter", stream, count), device, make)
+    return cache.cached(("counter", stream, count), device, make)
 
 
 def _splits(count: int, layers: int, processors: int) -> int:

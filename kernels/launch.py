@@ -1,4 +1,4 @@
-"""What every kernel's wrapper needs: device guard, accumulation dtype, split counts, cached index tables, refusals."""
+"""What every kernel's wrapper needs: device guard, accumulation dtype, split counts, refusals."""
 
 import contextlib
 import functools
@@ -12,8 +12,6 @@ from torch import Tensor
 LOW = (torch.bfloat16, torch.float16, torch.float32)  # what the matrix kernels take; float64 has no tensor-core path
 FLOATS = (*LOW, torch.float64)
 TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
-_TABLES: dict = {}
-_TABLES_KEPT = 4096
 
 
 def tensors(args) -> list[Tensor]:
@@ -68,22 +66,6 @@ def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: float32 follows torch.set_float32_matmul_precision, as plain PyTorch does."""
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def cached(key, device: torch.device, make):
-    """``make()``, kept by ``key`` and device; never from inside a graph capture, whose replays alone fill its memory."""
-    key = (key, device)
-    if (found := _TABLES.get(key)) is None:
-        found = make()
-        if not capturing(device):
-            if len(_TABLES) >= _TABLES_KEPT:
-                _TABLES.clear()
-            _TABLES[key] = found
-    return found
 
 
 def refuse_factors(*xs, dtypes=LOW) -> str | None:

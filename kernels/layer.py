@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cached, vector
+from .cache import cached
+from .launch import vector
 
 
 @dataclass

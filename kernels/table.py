@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cached, capturing
+from .cache import cached, capturing
 
 _ARGS = 16
 

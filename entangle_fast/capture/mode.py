@@ -24,6 +24,11 @@ RULES = {
 # lookups decide for themselves: ids that are the same for every sample still meet the batch
 _MEETS_BATCH = (F.embedding,)
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+# through these a tensor can be written to without autograd's knowledge
+_EXPOSES = {
+    Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage,
+    Tensor.__dlpack__,
+}  # fmt: skip
 
 
 class CaptureMode(TorchFunctionMode):
@@ -40,6 +45,8 @@ class CaptureMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             tape.recomputes = True
+        if func in _EXPOSES and args[0] not in tape.sources:
+            tape.exposed = True
         if func in _BATCH_NORMS:
             rules_norm.refuse_batch_statistics(*args, **kwargs)
         inputs = tensors_in(args, kwargs)

@@ -19,19 +19,27 @@ _MAKERS = {
     "MishBackward0": lambda node: F.mish(node._saved_self),
     "HardswishBackward0": lambda node: F.hardswish(node._saved_self),
     "MulBackward0": lambda node: node._saved_self * node._saved_other,
-    "_LayerNormBackward": lambda node: node._forward_cls.again(node),
 }
+_OURS: dict[type, Callable] = {}  # the same of this library's own autograd Functions
 _KEY = "entangle_fast.remake"
+
+
+def remade(function: type) -> type:
+    """An autograd Function whose ``again(ctx)`` makes its output from what it saved."""
+    _OURS[function] = function.again
+    return function
 
 
 def remaker(tape, x: Tensor) -> Callable[[], Tensor] | None:
     """A call that makes x again while the backward runs, or None where x has to be kept.
 
     It asks the node that made x, whose own backward comes later. Hooks on saved tensors (activation checkpointing,
-    offloading) may hand each one out once only, so that nothing is asked for twice under them.
+    offloading) may hand each one out once only, so that nothing is asked for twice under them. Nor is it after ``.data`` or
+    ``numpy()``, which can change what was made.
     """
     node, name = x.grad_fn, type(x.grad_fn).__name__
-    if name not in _MAKERS or x._version or tape.recomputes:
+    make = _MAKERS.get(name) or _OURS.get(getattr(node, "_forward_cls", None))
+    if make is None or x._version or tape.recomputes or tape.exposed:
         return None
     if name == "MulBackward0" and (node._saved_self is None or node._saved_other is None):
         return None  # one side needs no gradient: the other was not saved
@@ -39,7 +47,7 @@ def remaker(tape, x: Tensor) -> Callable[[], Tensor] | None:
     shared[0] += 1
 
     def remake():
-        value = _MAKERS[name](node) if shared[1] is None else shared[1]
+        value = make(node) if shared[1] is None else shared[1]
         shared[0] -= 1
         shared[1] = value if shared[0] > 0 else None
         return value

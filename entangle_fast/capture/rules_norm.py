@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import DenseFactor
+from .remake import remade
 from .rules_elementwise import add_parameter, like, multiply_parameter
 
 _CACHE = 1 << 20  # bytes of one operand at a time: all of them together stay in L2 or L3
@@ -26,6 +27,7 @@ def refuse_batch_statistics(input, running_mean=None, running_var=None, weight=N
         raise CaptureError(_NEEDS_EVAL)
 
 
+@remade
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, weight, bias, shape, eps, layout, weight_use, bias_use):

@@ -60,6 +60,7 @@ class Tape:
         self.active = False  # inside the `with`
         self.idle = False  # the forward is over: what runs inside the `with` now is not watched
         self.recomputes = False  # the forward runs again in the backward (activation checkpointing)
+        self.exposed = False  # an activation may have been written to behind autograd's back
         self._pending: dict[int, int] = {}  # uses of each parameter whose factor has not arrived
         self._uses: list[tuple[Source, Factor]] = []
         self._stream: _Stream | None = None

@@ -77,13 +77,48 @@ def double(h):
         return h.mul_(2)
 
 
-@pytest.mark.parametrize("between", [double, lambda h: h * 2, lambda h: 2 * h.view(N, 3, D)])
+def halve_negatives(h):
+    h.data[h.data < 0] *= 0.5
+    return h
+
+
+def through_numpy(h):
+    h.detach().numpy()[:] *= 3
+    return h
+
+
+def replace(h):
+    h.data = h.data + 1
+    return h
+
+
+@pytest.mark.parametrize("between", [double, halve_negatives, through_numpy, replace, lambda h: h * 2, lambda h: 2 * h.view(N, 3, D)])
 def test_changed_behind_autograd_or_by_a_constant(between):
     w, x = weights(), torch.randn(N, 3, D, dtype=torch.float64)
     with ef.capture(w, batch_size=N) as tape:
         losses, _ = run(w, F.gelu, x, between)
         tape.backward(losses)
     torch.testing.assert_close(tape.gram(), by_autograd(w, run(w, F.gelu, x, between)[0]), rtol=1e-11, atol=1e-11)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """A user's own, of the same name as the library's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def test_another_function_of_the_same_name():
+    w, x = weights(), torch.randn(N, 3, D, dtype=torch.float64)
+    with ef.capture(w, batch_size=N) as tape:
+        losses, _ = run(w, _LayerNorm.apply, x)
+        tape.backward(losses)
+    torch.testing.assert_close(tape.gram(), by_autograd(w, run(w, _LayerNorm.apply, x)[0]), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("stream", [(), ("gram",)])
