@@ -139,7 +139,7 @@ class _RandomLabels(SgdProcess):
         wrong = (y + self.shift[rows].to(y.device)) % classes
         losses = self.checked(self.loss(output, wrong), len(y), "forget")
         row["loss_forget"] = losses.detach().mean()
-        self.recent = torch.cat([self.recent[1:], (output.argmax(1) == y).float().mean()[None].cpu()])
+        self.note_right(output, y)
         return retain.mean() + losses.mean()
 
 

@@ -186,9 +186,9 @@ class EntangledProcess(Process):
 
     def _means_are_finite(self, gram: Tensor) -> None:
         """The step's Gram has read all three gradients: its diagonal tells of each, at no pass of its own."""
-        if not torch.isfinite(gram.diagonal()).all():
-            for k, name in ((0, "forget"), (1, "remote"), (-1, "adjacent")):
-                self.must_be_finite(gram[k, k], name, "gradient")
+        for k, name in ((0, "forget"), (1, "remote"), (-1, "adjacent")):
+            self._note(gram[k, k], name, "gradient")
+        self.settle()
 
     def _sum_of_minibatches(self, one, k, row) -> list[Tensor]:
         """Gradients of up to batch_limit minibatches added up, never more than the set holds."""
@@ -232,6 +232,7 @@ class EntangledProcess(Process):
         if c.w2_set == "batch":
             distance, slope = weights.w2(current, self.reference[rows], c.w2)
         else:
+            self.settle()  # the latest losses are kept: what is not finite must not come among them
             self.latest[rows] = current.to(self.latest.dtype)
             distance, slope = weights.w2(self.latest, self.reference, c.w2)
             slope = slope[rows] * (len(self.latest) / len(rows))  # the batch stands for the whole set
@@ -316,4 +317,6 @@ class EntangledProcess(Process):
             return {}
         with torch.no_grad(), in_mode(self.model, False):
             classes = self.model(self.data.forget.take(torch.arange(1))[0]).shape[-1]
-        return {"first_order": first_order(self), "forget_bound": forget_bound(self, classes)}
+        found = {"first_order": first_order(self), "forget_bound": forget_bound(self, classes)}
+        self.settle()
+        return found

@@ -154,7 +154,7 @@ class LookaheadProcess(SgdProcess):
         rows, x, y = forget.batch(k, c.batch)
         output = self.model(x)
         losses = self.checked(self.loss(output, self.labels[rows.to(y.device)]), len(y), "forget")
-        self.recent = torch.cat([self.recent[1:], (output.argmax(1) == y).float().mean()[None].cpu()])
+        self.note_right(output, y)
         return losses.mean()
 
     def _measure(self, k, row, g_retain) -> None:

@@ -84,9 +84,7 @@ class JointBatch(SgdProcess):
                 row[f"loss_{samples.name}"] = part.mean()
             tape.backward(losses)
         retain = sizes[0] + sizes[1]
-        if output.dim() == 2:
-            right = (output[retain:].argmax(1) == y[retain:]).float().mean()
-            self.recent = torch.cat([self.recent[1:], right[None].cpu()])
+        self.note_right(output[retain:], y[retain:])
         return tape, losses.detach(), retain
 
     def gram(self, tape: Tape) -> Tensor:

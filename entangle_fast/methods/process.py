@@ -53,6 +53,7 @@ class Process(ABC):
             raise ValueError(f"model: parameters are {', '.join(kinds)}; need one dtype on one device: model.to(...)")
         self.done = 0
         self.stopped = False  # a method may end before its last step
+        self._unread: list[tuple[Tensor, str]] = []  # is this finite, on the device, and what is it
 
     # ---- what a method says ----
 
@@ -96,38 +97,51 @@ class Process(ABC):
 
     def step(self) -> dict:
         stage, k = self.where()
+        self._unread.clear()  # of a step that was broken off
         with in_mode(self.model, False):  # BatchNorm statistics stay frozen, as in the paper
             if k == 0:
                 self.enter(stage)
             row = self.take_step(stage, k)
+        self.settle()
         self.done += 1
         return {"stage": stage, "step": self.done, **row}
 
     def losses(self, x: Tensor, y: Tensor, name: str) -> Tensor:
-        """Per-sample losses of a batch, checked; ``name`` is the set they come from."""
+        """Per-sample losses (n,) of a batch; ``name`` is the set they come from (see checked)."""
         return self.checked(self.loss(self.model(x), y), len(y), name)
 
     def checked(self, losses: Tensor, n: int, name: str) -> Tensor:
+        """The losses, of the right shape. Whether they are finite is read with the gradients, before anything is changed: one
+        wait for the device a step, not one a set."""
         if losses.dim() != 1 or len(losses) != n:
             raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs (n,), not reduced")
-        self.must_be_finite(losses, name)
+        self._note(losses, name, "loss")
         return losses
 
-    def must_be_finite(self, values: Tensor | Sequence[Tensor], name: str, what: str = "loss") -> None:
-        """values: a tensor, or many, which are read once for their sum of squares."""
-        if not isinstance(values, Tensor):
-            values = square(values)
-        if not torch.isfinite(values.detach()).all():
-            stage, k = self.where()
-            raise NonFinite(
-                f"{stage}, step {k + 1} of {dict(self.stages).get(stage, 0)}: non-finite {what} on the {name} set; the model is "
-                "as it was before this step; lower the learning rate, or look for non-finite inputs"
-            )
+    def _note(self, values: Tensor, name: str, what: str) -> None:
+        self._unread.append((torch.isfinite(values.detach()).all(), f"{what} on the {name} set"))
+
+    def must_be_finite(self, values: Tensor | Sequence[Tensor], name: str, what: str) -> None:
+        """These, and all losses since the last call, or NonFinite. values: a tensor, or many, read once for their sum of squares."""
+        self._note(values if isinstance(values, Tensor) else square(values), name, what)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the device and raise NonFinite for the first thing that was not finite."""
+        flags, words = zip(*self._unread) if self._unread else ((), ())
+        self._unread.clear()
+        for finite, what in zip(torch.stack(flags).tolist() if flags else (), words):
+            if not finite:
+                stage, k = self.where()
+                raise NonFinite(
+                    f"{stage}, step {k + 1} of {dict(self.stages).get(stage, 0)}: non-finite {what}; the model is as it was "
+                    "before this step; lower the learning rate, or look for non-finite inputs"
+                )
 
     def gradient(self, weighted: Tensor, name: str | None = "training") -> list[Tensor]:
         """∇ Σ_i w_i ℓ_i: weights known before the backward need no per-sample gradient, just this one.
 
-        Checked, with ``name`` for the set it comes from; None where the step's own Gram will tell.
+        Checked with the losses, ``name`` being the set it comes from; None where the step's own Gram will tell.
         """
         found = torch.autograd.grad(weighted, self.params, allow_unused=True)
         # finite losses can have gradients that are not, and a step with those cannot be taken back
@@ -141,5 +155,6 @@ class Process(ABC):
         """Losses of a whole set in its own order, (n,)."""
         with in_mode(self.model, False):
             parts = [self.losses(x, y, samples.name) for _, x, y in samples.chunks()]
+        self.settle()
         return torch.cat(parts)
 

@@ -40,7 +40,8 @@ class SgdProcess(Process):
     def __init__(self, config, model, data, loss, seed):
         super().__init__(config, model, data, loss, seed)
         self.sgd = torch.optim.SGD(self.params, lr=config.lr, momentum=config.momentum, foreach=True)
-        self.recent = torch.ones(2)  # forget accuracy of the last minibatches
+        self.recent = torch.ones(2, device=self.params[0].device)  # forget accuracy of the last minibatches
+        self._right: list[Tensor] = []  # that of this step's
 
     @property
     def stages(self):
@@ -60,12 +61,14 @@ class SgdProcess(Process):
 
     def take_step(self, stage, k):
         row: dict = {}
+        self._right.clear()
         for p, g in zip(self.params, self.direction(k, row)):
             p.grad = g
         if self.config.max_norm:
             torch.nn.utils.clip_grad_norm_(self.params, self.config.max_norm, foreach=True)
         self.sgd.step()
         self.sgd.zero_grad(set_to_none=True)
+        self.recent = torch.stack([*self.recent, *self._right])[-2:]
         samples, size = self.paced_by()
         limit = self.config.stop_at
         self.stopped = limit is not None and bool(self.recent.mean() <= limit)
@@ -76,9 +79,14 @@ class SgdProcess(Process):
         output = self.model(x)
         losses = self.checked(self.loss(output, y), len(y), samples.name)
         row[f"loss_{samples.name}"] = losses.detach().mean()
-        if samples is self.data.forget and output.dim() == 2:
-            self.recent = torch.cat([self.recent[1:], (output.argmax(1) == y).float().mean()[None].cpu()])
+        if samples is self.data.forget:
+            self.note_right(output, y)
         return losses
+
+    def note_right(self, output: Tensor, y: Tensor) -> None:
+        """The accuracy of a forget minibatch, where the output is class logits; it counts once the step is taken."""
+        if output.dim() == 2:
+            self._right.append((output.argmax(1) == y).float().mean())
 
     def retain_losses(self, k, size, row) -> Tensor:
         """A batch of adjacent and remote samples in proportion to the sets' sizes."""
@@ -93,7 +101,7 @@ class SgdProcess(Process):
         return out
 
     def load(self, state):
-        self.recent = state["recent"]
+        self.recent = state["recent"].to(self.params[0].device)
         for i, p in enumerate(self.params):
             if f"momentum.{i}" in state:
                 self.sgd.state[p]["momentum_buffer"] = state[f"momentum.{i}"].to(p.device)

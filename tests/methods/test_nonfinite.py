@@ -1,0 +1,61 @@
+"""A loss that is not finite, although its gradient is: every method says so before it changes anything."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import data, trained
+
+from entangle_fast import methods
+from entangle_fast.methods.process import NonFinite
+
+SIZES = dict(epochs1=1.0, epochs2=1.0, remote_batch1=16, forget_batch1=8, adjacent_batch2=8, forget_batch2=8, remote_batch2=12)
+OPTIONS = {
+    "entangled": [
+        SIZES | more for more in ({}, {"w2_set": "whole"}, {"w2": "features"}, {"away_from": "samples"}, {"away_from": "forget_samples"})
+    ],
+    "lookahead": [dict(order=1), dict(order=2), dict(order=2, swap=True), dict(forget_loss="random_label")],
+}
+CASES = [(name, options) for name in methods.METHODS if name != "retrain" for options in OPTIONS.get(name, [{}])]
+
+
+class Spoilt:
+    """Cross-entropy plus NaN, which no gradient sees, once ``now`` is set."""
+
+    now = False
+
+    def __call__(self, output, y):
+        losses = F.cross_entropy(output, y, reduction="none")
+        return losses + math.nan if self.now else losses
+
+
+def kept(process):
+    """All that the next step depends on, bit by bit."""
+    both = {**process.model.state_dict(), **process.state()}
+    return {k: v.clone() for k, v in both.items()}
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name, options", CASES, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in CASES])
+def test_a_loss_that_is_not_finite_changes_nothing(name, options, at):
+    loss = Spoilt()
+    process = methods.METHODS[name](**options).start(trained(), data(), loss, 0)
+    steps = min(process.total, 8)
+    for _ in range(int(at * steps)):
+        process.step()
+    stage, k = process.where()
+    if k == 0:
+        process.enter(stage)
+        process.enter = lambda stage: None
+    before, done, loss.now = kept(process), process.done, True
+    try:
+        process.step()
+    except NonFinite as error:
+        assert f"{stage}, step {k + 1} of" in str(error) and "non-finite loss" in str(error)
+    else:
+        assert name == "ssd" and stage == "dampen"  # the one step that asks for no loss
+        return
+    after = kept(process)
+    assert process.done == done and before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
