@@ -72,7 +72,7 @@ class Result:
         }
 
     def save(self, folder) -> Path:
-        """Write report.json, history.csv, losses.safetensors, config.toml, model.safetensors and the figures."""
+        """Write report.json, history.csv, losses.safetensors, config.toml, model.safetensors and the figures, over what is there."""
         folder = Path(folder)
         storage.save_tensors(folder / MODEL, self.model.state_dict())
         storage.save_tensors(folder / report.LOSSES, self.losses)
@@ -196,6 +196,8 @@ class _Run:
         else:
             self.before = self.measure()
             self._note_losses("before")
+        if self.out is not None:
+            storage.must_be_writable(self.out)
         with PeakMemory(process.params[0].device) as peak, _deferred_interrupt() as interrupted:
             with shown(progress, self.name, process.total, done=process.done, text=process.where()[0]) as advance:
                 while process.done < process.total and not process.stopped:
@@ -388,6 +390,8 @@ def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False, over
         torch.set_num_threads(options.threads)
     task = load_task(config.task)
     model = _load_model(tasks, config.model).to(options.device)
+    if not config.model.weights:
+        say(options.progress, "model.weights: none given; what is unlearned is the model as its factory makes it")
     sets = task.split(config.task.adjacency, model=model)
     run = _Run(model, sets.train, config.method, sets, sample_cross_entropy, options.seed, options.out, options.checkpoint_every,
                options.eval_every)  # fmt: skip
@@ -413,6 +417,11 @@ def _load_model(tasks, c: configs.ModelConfig) -> nn.Module:
         model = tasks.load_model(c.factory, **c.kwargs)
     except (ImportError, AttributeError, TypeError) as error:
         raise configs.ConfigError(f"cannot make {c.factory!r}: {error}", key=("model", "factory")) from error
-    return tasks.load_weights(model, c.weights) if c.weights else model
+    if not c.weights:
+        return model
+    try:
+        return tasks.load_weights(model, c.weights)
+    except (OSError, ValueError, storage.CheckpointError) as error:
+        raise configs.ConfigError(str(error), key=("model", "weights")) from error
 
 

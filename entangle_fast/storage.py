@@ -115,6 +115,11 @@ def save_tensors(
     return atomic_write(path, lambda temporary: save_file(stored, temporary, metadata=header or None))
 
 
+def must_be_writable(folder: str | os.PathLike) -> None:
+    """Raise CheckpointError where nothing can be written to the folder, which is made if missing: before hours of work, not after."""
+    atomic_write(Path(folder) / f".{secrets.token_hex(4)}", b"").unlink()
+
+
 def _kind(tensor: Tensor) -> str:
     return "on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
 

@@ -31,7 +31,11 @@ inline ScalarType compute_type(ScalarType t) {
   return t == ScalarType::BFloat16 && contract().bf16.width ? t : accumulate_type(t);
 }
 
+// what a loop over elements reads; everything else is converted to float
+inline ScalarType element_type(ScalarType t) { return t == ScalarType::BFloat16 ? t : accumulate_type(t); }
+
 template <class F> void by_type(ScalarType t, F&& f) {
+  STD_TORCH_CHECK(t == element_type(t), "this kernel takes float32, float64 and bfloat16; convert with .float()");
   if (t == ScalarType::Double) f(double{});
   else if (t == ScalarType::BFloat16) f(uint16_t{});
   else f(float{});

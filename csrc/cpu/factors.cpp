@@ -87,7 +87,11 @@ template <class T> void RandomGradients<T>::form(int64_t i, const Piece& p, T* c
 ConvShape conv_shape(const Tensor& x, const Tensor& g, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
   const int64_t nd = x.dim() - 2;
-  STD_TORCH_CHECK(nd >= 1 && nd <= 3 && g.dim() == x.dim(), "convolution: x and g are (n, channels, 1 to 3 sizes)");
+  STD_TORCH_CHECK(nd >= 1 && nd <= 3 && g.dim() == x.dim() && g.size(0) == x.size(0),
+                  "convolution: x and g are (n, channels, 1 to 3 sizes)");
+  for (const auto* list : {&kernel, &stride, &padding, &dilation})
+    STD_TORCH_CHECK((int64_t)list->size() == nd && *std::min_element(list->begin(), list->end()) >= (list == &padding ? 0 : 1),
+                    "convolution: kernel_size, stride, padding and dilation hold a number for each size, 1 (padding: 0) or more");
   ConvShape s{x.size(0), x.size(1), g.size(1), groups, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
   for (int64_t d = 0; d < nd; ++d) {
     const int64_t to = 3 - nd + d;

@@ -69,6 +69,7 @@ void run_conv(const Tensor& x, const Tensor& g, const ConvShape& shape, const Te
 
 Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::optional<Tensor> b2, std::string route) {
   STD_TORCH_CHECK(route == "rows" || route == "pairs" || route == "tiles", "gram: route is rows, pairs or tiles");
+  STD_TORCH_CHECK(a2.has_value() == b2.has_value(), "gram: a2 and b2 are both given, or none");
   const bool symmetric = !a2.has_value(), pairs = route != "tiles";
   const ScalarType type = compute_type(a.scalar_type()), acc = accumulate_type(type);
   const Layer x = factors(a, b, type, pairs);
@@ -119,6 +120,7 @@ Tensor gram_conv(const Tensor& x_, const Tensor& g_, std::vector<int64_t> kernel
                  std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, std::optional<Tensor> x2_,
                  std::optional<Tensor> g2_, std::string route) {
   STD_TORCH_CHECK(route == "pairs" || route == "tiles", "gram_conv: route is pairs or tiles");
+  STD_TORCH_CHECK(x2_.has_value() == g2_.has_value(), "gram_conv: x2 and g2 are both given, or none");
   const bool symmetric = !x2_.has_value();
   const ScalarType type = compute_type(x_.scalar_type()), acc = accumulate_type(type);
   const Tensor x = dense(x_, type), g = dense(g_, type);

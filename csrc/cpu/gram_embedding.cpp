@@ -113,6 +113,7 @@ void run(const std::vector<Entry>& left, const T* b, const std::vector<Entry>& r
 
 Tensor gram_embedding(const Tensor& ids_, const Tensor& b_, std::optional<Tensor> ids2_, std::optional<Tensor> b2_,
                       int64_t padding_idx) {
+  STD_TORCH_CHECK(ids2_.has_value() == b2_.has_value(), "gram_embedding: ids2 and b2 are both given, or none");
   const bool symmetric = !ids2_.has_value();
   const ScalarType acc = accumulate_type(b_.scalar_type());
   const Tensor ids = dense(ids_, ScalarType::Long), b = dense(b_, acc);

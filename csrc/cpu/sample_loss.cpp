@@ -41,6 +41,10 @@ inline float widen(uint16_t x) {
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 
+void check_labels(bool bad, int64_t classes, int64_t ignore) {
+  STD_TORCH_CHECK(!bad, "sample_loss: target holds a label outside [0, ", classes, ") that is not ignore_index ", ignore);
+}
+
 template <class T>
 void forward(const Tensor& logits, const Tensor& target, const Shape& s, int64_t ignore, double smoothing, bool mean,
              double penalty, Tensor& loss, Tensor& ce, Tensor& lse) {
@@ -69,7 +73,7 @@ void forward(const Tensor& logits, const Tensor& target, const Shape& s, int64_t
       l[i] = penalty ? e[i] - (A)penalty / (e[i] + (A)kPenaltyEps) : e[i];
     }
   });
-  STD_TORCH_CHECK(!bad, "sample_loss: target holds a label outside [0, ", s.classes, ") that is not ignore_index ", ignore);
+  check_labels(bad, s.classes, ignore);
 }
 
 template <class T>
@@ -81,6 +85,7 @@ void backward(const Tensor& grad, const Tensor& logits, const Tensor& target, co
   const int64_t* y = target.const_data_ptr<int64_t>();
   const A *w = grad.const_data_ptr<A>(), *e = ce.const_data_ptr<A>(), *z = lse.const_data_ptr<A>();
   T* d = data<T>(out);
+  std::atomic<bool> bad{false};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, s.t * s.classes));
   torch::stable::parallel_for(0, s.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -93,12 +98,13 @@ void backward(const Tensor& grad, const Tensor& logits, const Tensor& target, co
         scale /= (A)std::max<int64_t>(1, kept);
       }
       for (int64_t p = lo; p < hi; ++p) {
-        const A f = y[p] == ignore ? (A)0 : scale;
         T* row = d + p * s.classes;
-        if (f == (A)0) {
+        if (y[p] == ignore || (scale == (A)0 && std::isfinite(z[p]))) {  // a loss that is not finite keeps its NaN
           std::fill(row, row + s.classes, T(0));  // all-zero bits are zero in every type
           continue;
         }
+        if (y[p] < 0 || y[p] >= s.classes) { bad = true; continue; }
+        const A f = scale;
         const A shift = (A)(smoothing * f / s.classes);
         loop.row_softmax(x + p * s.classes, row, s.classes, z[p], f, shift);
         // the target's entry is recomputed, not read back, so that it is rounded once
@@ -106,6 +112,7 @@ void backward(const Tensor& grad, const Tensor& logits, const Tensor& target, co
       }
     }
   });
+  check_labels(bad, s.classes, ignore);
 }
 
 }  // namespace
@@ -114,13 +121,13 @@ std::tuple<Tensor, Tensor, Tensor> sample_loss(
     const Tensor& logits, const Tensor& target, double, double penalty, int64_t ignore_index, double label_smoothing,
     std::string reduction) {
   const Shape s = check(logits, target);
-  const ScalarType acc = accumulate_type(logits.scalar_type());
-  Tensor x = torch::stable::contiguous(logits), y = torch::stable::contiguous(target);
+  const ScalarType type = element_type(logits.scalar_type()), acc = accumulate_type(type);
+  Tensor x = dense(logits, type), y = torch::stable::contiguous(target);
   Tensor loss = empty_like_dtype(x, {s.n}, acc), ce = empty_like_dtype(x, {s.n}, acc);
   Tensor lse = target.dim() == 2 ? empty_like_dtype(x, {s.n, s.t}, acc) : empty_like_dtype(x, {s.n}, acc);
   const bool mean = reduction == "mean";
   STD_TORCH_CHECK(s.n == 0 || s.t == 0 || s.classes > 0, "sample_loss: no classes");
-  by_type(logits.scalar_type(), [&](auto zero) {
+  by_type(type, [&](auto zero) {
     forward<decltype(zero)>(x, y, s, ignore_index, label_smoothing, mean, penalty, loss, ce, lse);
   });
   return {loss, ce, lse};
@@ -130,15 +137,16 @@ Tensor sample_loss_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& ce, const Tensor& lse, double clip,
     double penalty, int64_t ignore_index, double label_smoothing, std::string reduction) {
   const Shape s = check(logits, target);
-  const ScalarType acc = accumulate_type(logits.scalar_type());
-  Tensor x = torch::stable::contiguous(logits), y = torch::stable::contiguous(target);
+  const ScalarType type = element_type(logits.scalar_type()), acc = accumulate_type(type);
+  Tensor x = dense(logits, type), y = torch::stable::contiguous(target);
   Tensor w = dense(grad, acc), e = dense(ce, acc), z = dense(lse, acc);
   Tensor out = torch::stable::empty_like(x);
   const bool mean = reduction == "mean";
-  by_type(logits.scalar_type(), [&](auto zero) {
+  STD_TORCH_CHECK(w.numel() == s.n && e.numel() == s.n && z.numel() == s.n * s.t, "sample_loss: grad, ce or lse does not go with target");
+  by_type(type, [&](auto zero) {
     backward<decltype(zero)>(w, x, y, e, z, s, clip, penalty, ignore_index, label_smoothing, mean, out);
   });
-  return out;
+  return dense(out, logits.scalar_type());
 }
 
 }  // namespace ef::cpu

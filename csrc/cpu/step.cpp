@@ -25,12 +25,19 @@ void update(const std::vector<Block>& work, std::vector<Dense>& params, std::vec
   });
 }
 
+// a stand-in of another dtype could not be undone to the bit
+void check_exact(const std::vector<Tensor>& params, const std::vector<Tensor>& grads) {
+  check_sizes(params, grads, "params and grads differ in size");
+  for (const Tensor& x : params)
+    check(x.scalar_type() == element_type(x.scalar_type()), "look-ahead takes float32, float64 and bfloat16 parameters");
+}
+
 }  // namespace
 
 Tensor step_gram(std::vector<Tensor> tensors, int64_t k) {
   check(k > 0 && !tensors.empty() && tensors.size() % k == 0, "step_gram needs k lists of the same tensors");
   const int64_t p = tensors.size() / k;
-  ScalarType type = tensors[0].scalar_type();
+  ScalarType type = element_type(tensors[0].scalar_type());
   for (const Tensor& x : tensors)
     if (x.scalar_type() != type) type = any_double(tensors) ? ScalarType::Double : ScalarType::Float;
   std::vector<Tensor> xs;
@@ -85,6 +92,7 @@ void step_update(std::vector<Tensor> params, std::vector<Tensor> momentum, std::
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha) {
   check(params.size() == grads.size() && !params.empty(), "look-ahead needs one grad a parameter");
+  check_exact(params, grads);
   std::vector<Dense> theta = dense_all(params);
   std::vector<Tensor> ulps, g;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -135,7 +143,10 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tenso
 
 void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> ulps, const Tensor& index,
                          const Tensor& value, double alpha) {
-  check(params.size() == grads.size() && ulps.size() == params.size(), "undo needs what step_lookahead was given and gave");
+  check(params.size() == grads.size() && ulps.size() == params.size() && index.scalar_type() == ScalarType::Long &&
+            value.scalar_type() == ScalarType::Double && index.numel() == 2 * value.numel(),
+        "undo needs what step_lookahead was given and gave");
+  check_exact(params, grads);
   std::vector<Dense> theta = dense_all(params);
   std::vector<Tensor> g, off;
   for (size_t i = 0; i < params.size(); ++i) {

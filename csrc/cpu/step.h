@@ -31,7 +31,8 @@ inline std::vector<Block> blocks(const std::vector<Tensor>& tensors) {
 struct Dense {
   Tensor original, now;
   bool copied;
-  explicit Dense(const Tensor& x) : original(x), now(torch::stable::contiguous(x)), copied(now.data_ptr() != x.data_ptr()) {}
+  explicit Dense(const Tensor& x)
+      : original(x), now(dense(x, element_type(x.scalar_type()))), copied(now.data_ptr() != x.data_ptr()) {}
   void finish() {
     if (copied) torch::stable::copy_(original, now);
   }
@@ -55,7 +56,7 @@ inline void check_sizes(const std::vector<Tensor>& params, const std::vector<Ten
   for (size_t i = 0; i < others.size(); ++i) check(others[i].numel() == params[i % params.size()].numel(), what);
 }
 
-// `count` elements of x from `at` as the compute type: where they stand, or converted into `stage`
+// `count` elements of x, at most kStage, from `at` as the compute type: where they stand, or converted into `stage`
 template <class A> const A* staged(const Tensor& x, int64_t at, int64_t count, A* stage) {
   const A* in_place = nullptr;
   by_type(x.scalar_type(), [&](auto zero) {
@@ -64,8 +65,10 @@ template <class A> const A* staged(const Tensor& x, int64_t at, int64_t count, A
       in_place = data<T>(x) + at;
     } else if constexpr (std::is_same_v<typename Rows<T>::A, A>) {
       elements<T>().read(data<T>(x) + at, stage, count);
-    } else {
-      for (int64_t e = 0; e < count; ++e) stage[e] = (A)data<T>(x)[at + e];
+    } else {  // float or bfloat16 as double, or the other way round
+      typename Rows<T>::A some[kStage];
+      elements<T>().read(data<T>(x) + at, some, count);
+      for (int64_t e = 0; e < count; ++e) stage[e] = (A)some[e];
     }
   });
   return in_place ? in_place : stage;
@@ -79,7 +82,9 @@ template <class A> void unstage(const A* stage, const Tensor& x, int64_t at, int
     } else if constexpr (std::is_same_v<typename Rows<T>::A, A>) {
       elements<T>().write(stage, data<T>(x) + at, count);
     } else {
-      for (int64_t e = 0; e < count; ++e) data<T>(x)[at + e] = (T)stage[e];
+      typename Rows<T>::A some[kStage];
+      for (int64_t e = 0; e < count; ++e) some[e] = (typename Rows<T>::A)stage[e];
+      elements<T>().write(some, data<T>(x) + at, count);
     }
   });
 }
@@ -90,6 +95,7 @@ struct Noise {
 };
 
 inline Noise noise_of(double scale, int64_t seed, int64_t offset, const std::optional<Tensor>& counter) {
+  check(!counter || (counter->numel() == 1 && counter->scalar_type() == ScalarType::Long), "counter is not one int64");
   return {scale, (uint64_t)seed, (uint64_t)offset + (counter ? (uint64_t)*data<int64_t>(*counter) : 0)};
 }
 
@@ -132,7 +138,7 @@ template <class A> const A* const* directions_of(const std::vector<Tensor>& dire
 
 inline std::vector<Tensor> contiguous_all(const std::vector<Tensor>& xs) {
   std::vector<Tensor> out;
-  for (const Tensor& x : xs) out.push_back(torch::stable::contiguous(x));
+  for (const Tensor& x : xs) out.push_back(dense(x, element_type(x.scalar_type())));
   return out;
 }
 

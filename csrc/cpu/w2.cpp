@@ -111,7 +111,10 @@ template <class T, class F> double total(const T* x, int64_t n, F f) {
 }
 
 template <class T> double moments(const T* x, int64_t n, const T* y, int64_t m, T* weights) {
-  const auto centre = [](const T* z, int64_t count) { return total(z, count, [](double v) { return v; }) / count; };
+  const auto centre = [](const T* z, int64_t count) {  // from the first on: exact where all are equal
+    const double first = z[0];
+    return first + total(z, count, [first](double v) { return v - first; }) / count;
+  };
   const auto deviation = [](const T* z, int64_t count, double mean) {
     return std::sqrt(total(z, count, [mean](double v) { return (v - mean) * (v - mean); }) / count);
   };

@@ -176,6 +176,7 @@ backward(LossOptions o, const T* logits_, const int64_t* target_, const Acc<T>* 
   for (int64_t r = (int64_t)blockIdx.x * ROWS + (THREADS == 32 ? warp() : 0); r < rows; r += (int64_t)gridDim.x * ROWS) {
     const int64_t label = target[r];
     const A z = lse[r], s = label != o.ignore ? scale[r / o.t] : A(0);
+    const bool kept = label != o.ignore && (s != A(0) || !isfinite(z));  // a loss that is not finite keeps its NaN
     T* const address = out_ + r * o.classes;
     const Span<T> mine = out + r * o.classes;
     over_row<T>(logits + r * o.stride, logits_ + r * o.stride, o.classes, me, THREADS, [&](int64_t c, const auto& x) {
@@ -184,7 +185,7 @@ backward(LossOptions o, const T* logits_, const int64_t* target_, const Acc<T>* 
 #pragma unroll
       for (int i = 0; i < M; ++i) {
         const A p = exponential((A)widen(x[i]) - z) - even - (c + i == label ? peak : A(0));
-        y[i] = narrow<T>(s == A(0) ? A(0) : s * p);
+        y[i] = narrow<T>(kept ? s * p : A(0));
       }
       if constexpr (M > 1) {
         if ((uintptr_t)(address + c) % 16 == 0) {

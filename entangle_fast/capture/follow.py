@@ -1,7 +1,6 @@
 """For each torch function by its name: where the samples are in its result, given where they are in its inputs.
 
-Each follower takes a places.Call and returns a Place or a Lost. A function that is not listed keeps the samples in
-the dimension they were in ("*").
+Each follower takes a places.Call and returns a Place or a Lost. follow_kinds.py has those that come in kinds.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ def _same(c, places) -> bool:
     return all(p == places[0] for p in places)
 
 
-@follows("*")
 def _kept(c):
     places = [p for _, p in c.placed]
     if not _same(c, places) and c.n > 1:
@@ -45,7 +43,7 @@ def _kept(c):
         return c.place
     if c.y.dim() == 0:
         return c.mixed("reduces over the samples")
-    fits = [d for d, s in enumerate(c.y.shape) if s == c.n]
+    fits = [d for d, s in enumerate(c.y.shape) if s == c.n and not c.y.requires_grad]
     return Place(fits[0]) if len(fits) == 1 else c.lost(f"leaves {tuple(c.y.shape)}, without the samples")
 
 
@@ -98,7 +96,7 @@ def _permuted(c):
 
 
 @follows("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "ravel", "view_as", "reshape_as", "unsqueeze_",
-         "squeeze_", "_unsafe_view", "view_copy")  # fmt: skip
+         "squeeze_", "_unsafe_view", "view_copy", "atleast_1d", "atleast_2d", "atleast_3d")  # fmt: skip
 def _reshaped(c):
     shape = c.x.shape
     if c.name in ("unsqueeze_", "squeeze_"):  # x has its new shape already
@@ -113,7 +111,8 @@ def _reshaped(c):
 @follows("sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "logsumexp", "norm", "prod", "median",
          "any", "all", "nansum", "nanmean", "var_mean", "std_mean", "vector_norm", "count_nonzero", "softmax", "log_softmax",
          "softmin", "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "normalize", "logcumsumexp", "cosine_similarity",
-         "nanmedian", "mode", "kthvalue", "aminmax", "gumbel_softmax", "diff", "renorm", "cummax", "cummin", "trapz")  # fmt: skip
+         "nanmedian", "mode", "kthvalue", "aminmax", "gumbel_softmax", "diff", "cummax", "cummin", "trapz",
+         "special_softmax", "special_log_softmax", "special_logsumexp")  # fmt: skip
 def _along(c):
     """Functions along one or more dimensions: fine unless they go along the samples."""
     if c.name in ("max", "min") and len(c.args) > 1 and isinstance(c.args[1], Tensor):
@@ -319,7 +318,7 @@ def _axis_written(target: Tensor, index, tail: int) -> int | None:
     return axis if whole else None
 
 
-@follows("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "baddbmm", "addmm", "dot", "inner", "addbmm")
+@follows("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "baddbmm", "addmm", "dot", "linalg_matmul")
 def _product(c):
     args = [a for a in c.args if isinstance(a, Tensor)] + [v for v in c.kwargs.values() if isinstance(v, Tensor)]
     left, right = args[-2:] if c.name != "__rmatmul__" else args[::-1]
@@ -427,6 +426,9 @@ def _attention(c):
 
 @follows("lstm", "gru", "rnn_tanh", "rnn_relu")
 def _recurrent(c):
+    packed = isinstance(c.args[1], Tensor) and c.args[1].dim() == 1
+    if packed or c.place.axis != (0 if c.args[-1] else 1):
+        return c.lost("has a packed batch") if packed else c.mixed("takes the samples for positions")
     return c.place.at(c.place.axis if c.k == 0 else 1)
 
 

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_norm
 from .errors import CaptureError
+from .remake import expose
 from .sources import changes_in_place, function_name, tensors_in
 
 RULES = {
@@ -27,7 +28,7 @@ _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 # through these a tensor can be written to without autograd's knowledge
 _EXPOSES = {
     Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage,
-    Tensor.__dlpack__,
+    Tensor.__dlpack__, Tensor.storage, Tensor._typed_storage,
 }  # fmt: skip
 
 
@@ -41,12 +42,17 @@ class CaptureMode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tape = self._tape()
-        if tape.idle or func is torch.autograd.grad:
+        if func is torch.autograd.grad:
+            with tape.gradients_asked(kwargs.get("create_graph", len(args) > 4 and args[4])):
+                return func(*args, **kwargs)
+        if tape.idle:
             return func(*args, **kwargs)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             tape.recomputes = True
-        if func in _EXPOSES and args[0] not in tape.sources:
-            tape.exposed = True
+        if func in _EXPOSES:
+            expose(tape, args[0])
+        if func is Tensor.register_hook and args[0] in tape.sources:
+            return func(*self._harmless_hook(*args, **kwargs))
         if func in _BATCH_NORMS:
             rules_norm.refuse_batch_statistics(*args, **kwargs)
         inputs = tensors_in(args, kwargs)
@@ -57,6 +63,20 @@ class CaptureMode(TorchFunctionMode):
             out = self._with_parameters(func, args, kwargs, inputs, watched)
         tape.places.follow(func, args, kwargs, inputs, out)
         return out
+
+    def _harmless_hook(self, x: Tensor, hook):
+        """A hook on a weight's gradient may look on (it sees what is pulled back through x), not change it."""
+        tape = self._tape()
+        what = f"{tape.describe(x)}: a hook on its gradient (register_hook)"
+        if tape.sources[x].identity:
+            raise CaptureError(f"{what} would not run: no weight gradient is formed; remove the hook, or freeze the parameter")
+        tape.sources[x].isometric = False  # nothing is contracted without passing here
+
+        def look(g):
+            if hook(g) is not None:
+                raise CaptureError(f"{what} changes it; capture has no rule for that; remove the hook, or freeze the parameter")
+
+        return x, look
 
     def _with_parameters(self, func, args, kwargs, inputs, watched):
         tape = self._tape()

@@ -6,12 +6,15 @@ sample by sample and position by position. What cannot be followed is Lost, and 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from .follow import FOLLOW, by_axis
+from .follow import _broadcast, by_axis
+from .follow_kinds import ELEMENTWISE, follower, unknown
 from .place import Call, Lost, Place, Row
 from .sources import function_name, tensors_in
 
@@ -72,13 +75,17 @@ class Places:
         if not isinstance(out, (Tensor, tuple, list)) and not (out is None and inputs):
             return
         name = function_name(func)
-        placed = [(x, p) for x in inputs if (p := self.of(x)) is not None]
-        if len(placed) == 1 and type(out) is Tensor and name not in FOLLOW and name != "__get__":  # most calls
+        in_place = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
+        target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
+        placed = [(x, p) for x in inputs if x is not target and (p := self.of(x)) is not None]
+        if target is not None:  # by its sizes only where it is alone: it may be a part of what is being put together
+            mine = self.get(target) if placed else self.of(target)
+            placed = placed if mine is None else [(target, mine), *placed]
+        if len(placed) == 1 and type(out) is Tensor and name in ELEMENTWISE:  # most calls
             place = placed[0][1]
             if type(place) is Place and not place.soft and len(out.shape) > place.axis and not name.endswith("_"):
                 if out.shape[place.axis] == place.size(self.tape.n):
                     return self.put(out, place)
-        in_place = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
         if any(not isinstance(p, Place) or not p.soft for _, p in placed):
             placed = [(x, p) for x, p in placed if not isinstance(p, Place) or not p.soft]
         if not placed:
@@ -90,14 +97,33 @@ class Places:
                 else:
                     self.forget(y)
             return
-        targets = [args[0]] if in_place and args and isinstance(args[0], Tensor) else tensors_in(out)
+        targets = tensors_in(out) if target is None else [target]
         for k, y in enumerate(targets):
             if name == "__get__" or y in self.tape.sources:
                 continue
+            if target is None and follower(name) is unknown and self.get(y) is not None and any(y is not x for x, _ in placed):
+                continue  # a rule knew it
             place = self._where(name, args, kwargs, placed, y, k, out)
             if isinstance(place, Place) and place.soft and y.requires_grad:
                 place = replace(place, soft=False)  # a parameter came in: now it matters whose row it is
+            before = self.get(y)
             self.forget(y) if place is None else self.put(y, place)
+            alone = len(placed) == 1 and placed[0][0] is y and (name[:-1] in ELEMENTWISE or follower(name) is _broadcast)
+            if in_place and not alone and (before != place or isinstance(place, Lost)):
+                self._rewritten(y, place, name)
+
+    def _rewritten(self, y: Tensor, place, name: str) -> None:
+        """y was written to, and its samples are elsewhere now: so are those of the tensors that share its memory."""
+        root = y if y._base is None else y._base
+        others = [x for ref, _ in list(self._at.values()) if (x := ref()) is not None and x is not root and x._base is root]
+        for x in (x for x in (root, *others) if x is not y):
+            whole = [d for d in range(x.dim()) if isinstance(place, Place) and place.axis < y.dim()
+                     and (x.shape[d], x.stride(d)) == (y.shape[place.axis], y.stride(place.axis))]  # fmt: skip
+            there = place.at(whole[0]) if len(whole) == 1 else None
+            known = self.get(x)
+            if there is None or known not in (None, there) and not getattr(known, "soft", False):
+                there = Lost(f"{name}(…) writes samples into a part of it", x.requires_grad)
+            self.put(x, there)
 
     def _says_nothing(self, x: Tensor) -> bool:
         return self.is_constant(x) or x in self.tape.sources
@@ -128,10 +154,13 @@ class Places:
             others = others or name == "stack"  # not all samples, or not in their order
             mixed = others and any(x.requires_grad for x, p in placed if isinstance(p, Row))
             return Lost(f"{name}(…) joins tensors of single samples", mixed)
-        place = FOLLOW.get(name, FOLLOW["*"])(Call(name, args, kwargs, placed, y, k, out, n))
+        follow = follower(name)
+        if follow is unknown and not self.tape.strict:
+            follow = follower("clone")
+        place = follow(Call(name, args, kwargs, placed, y, k, out, n))
         if not isinstance(place, Lost) or n == 1:
             return self._checked(place, y, name)
-        if place.mixed and not any(x.requires_grad for x, _ in placed):
+        if place.mixed and not any(x.requires_grad for x, _ in placed) and not _inside_a_function():
             # data only: its gradient does not exist, a sample may know of the others
             x, p = placed[0]
             return p if y.shape == x.shape else None
@@ -150,6 +179,15 @@ class Places:
         return Lost(f"{name}(…) leaves {tuple(y.shape)}, in which the {n} samples cannot be found")
 
 
+def _inside_a_function() -> bool:
+    """In the forward of an autograd Function, where nothing requires a gradient and yet it may flow."""
+    frame = None if torch.is_grad_enabled() else sys._getframe(1)
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame is not None
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__
 _MADE = {"arange", "linspace", "eye", "zeros", "ones", "full", "empty", "tril_indices", "triu_indices"}  # from nothing
 _FILLED = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"}
 _GROWING = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}

@@ -7,10 +7,12 @@ bits.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import DisableTorchFunction
 
 # autograd's name of a function → its output from what its node saves; those that save their output (ReLU, tanh) share it already
 _MAKERS = {
@@ -21,6 +23,7 @@ _MAKERS = {
     "MulBackward0": lambda node: node._saved_self * node._saved_other,
 }
 _OURS: dict[type, Callable] = {}  # the same of this library's own autograd Functions
+_SAVED = ("_saved_self", "_saved_other")
 _KEY = "entangle_fast.remake"
 
 
@@ -30,7 +33,38 @@ def remade(function: type) -> type:
     return function
 
 
-def remaker(tape, x: Tensor) -> Callable[[], Tensor] | None:
+class Remake:
+    """Makes a layer's input again while the backward runs."""
+
+    def __init__(self, make: Callable, x: Tensor):
+        self.make, self.node, self.x = make, x.grad_fn, weakref.ref(x)
+        self.shared = self.node.metadata.setdefault(_KEY, [0, None, False])  # layers that still ask, x while they do, for good
+        self.shared[0] += 1
+
+    def __call__(self) -> Tensor:
+        value = self.make(self.node) if self.shared[1] is None else self.shared[1]
+        self.shared[0] -= 1
+        self.shared[1] = value if self.shared[0] > 0 or self.shared[2] else None
+        return value
+
+    def keep_from(self, exposed: Tensor) -> None:
+        """From here on x, or what it is made from, may change: what autograd would have kept is kept."""
+        x, node = self.x(), self.node
+        made_from = node.saved_tensors if hasattr(node, "saved_tensors") else [getattr(node, a, None) for a in _SAVED]
+        places = {z.untyped_storage().data_ptr() for z in (x, *made_from) if z is not None}
+        if self.shared[1] is None and exposed.untyped_storage().data_ptr() in places:
+            self.shared[1], self.shared[2] = self.make(node) if x is None or x._version else x.detach(), True
+
+
+def expose(tape, x: Tensor) -> None:
+    """x can be written to behind autograd's back: what is made from it so far is kept, and nothing is made again from now on."""
+    with DisableTorchFunction():
+        for remake in [made for ref in tape.remakes if (made := ref()) is not None]:
+            remake.keep_from(x)
+    tape.exposed = tape.exposed or x not in tape.sources
+
+
+def remaker(tape, x: Tensor) -> Remake | None:
     """A call that makes x again while the backward runs, or None where x has to be kept.
 
     It asks the node that made x, whose own backward comes later. Hooks on saved tensors (activation checkpointing,
@@ -43,13 +77,6 @@ def remaker(tape, x: Tensor) -> Callable[[], Tensor] | None:
         return None
     if name == "MulBackward0" and (node._saved_self is None or node._saved_other is None):
         return None  # one side needs no gradient: the other was not saved
-    shared = node.metadata.setdefault(_KEY, [0, None])  # layers that still ask for it, and x while they do
-    shared[0] += 1
-
-    def remake():
-        value = make(node) if shared[1] is None else shared[1]
-        shared[0] -= 1
-        shared[1] = value if shared[0] > 0 else None
-        return value
-
-    return remake
+    made = Remake(make, x)
+    tape.remakes.append(weakref.ref(made))
+    return made

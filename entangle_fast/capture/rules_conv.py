@@ -67,6 +67,7 @@ def _conv(tape, func, args, kwargs):
     stride, dilation = _spread(stride, nd), _spread(dilation, nd)
     if isinstance(padding, str):
         x, padding = _named_padding(x, padding, weight.shape[2:], dilation)
+    tape.refuse_dtypes("convolution", x, weight, bias)
     dtype = tape.autocast_dtype(x)
     x = x.to(dtype)
     w, weight_use = tape.use(weight, dtype)

@@ -17,7 +17,7 @@ from .errors import CaptureError
 from .factors import DenseFactor
 from .layout import Layout
 from .place import Place
-from .sources import function_name
+from .sources import function_name, tensors_in
 
 
 class _PerSample(torch.autograd.Function):
@@ -142,6 +142,9 @@ def through_vmap(tape, func, args, kwargs):
             return x.unsqueeze(axis + 1), axis  # the function still sees a batch, of one
         return x, None
 
+    with torch.no_grad():
+        copies = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        plain = func(*copies[0], **copies[1])
     pairs = [per_sample(x) for x in args]
     named = {k: per_sample(x) for k, x in kwargs.items()}
     try:
@@ -154,7 +157,21 @@ def through_vmap(tape, func, args, kwargs):
             f"{function_name(func)}: torch.func.vmap cannot map it over the samples ({error}); freeze its parameters with "
             "requires_grad_(False)"
         ) from error
-    return torch.utils._pytree.tree_map(lambda y: y.squeeze(axis + 1) if isinstance(y, Tensor) else y, out)
+    out = torch.utils._pytree.tree_map(lambda y: y.squeeze(axis + 1) if isinstance(y, Tensor) else y, out)
+    _refuse_other_values(tape, func, plain, out)
+    for y in tensors_in(out):
+        tape.places.put(y, Place(axis))
+    return out
+
+
+def _refuse_other_values(tape, func, plain, out) -> None:
+    """One sample at a time gives what the function gives for the batch, or it mixes the samples."""
+    for y, want in zip(tensors_in(out), tensors_in(plain), strict=True):
+        if y.shape != want.shape or y.is_floating_point() and not (y - want).norm() <= 0.05 * want.norm():
+            raise CaptureError(
+                f"{function_name(func)}: it gives other values for the batch than for each sample alone, so that samples share "
+                "gradients; freeze its parameters with requires_grad_(False)"
+            )
 
 
 def _borrowed(tape, func, args, kwargs):

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import EmbeddingFactor
+from .rules_elementwise import like
 
 
 class _Lookup(torch.autograd.Function):
@@ -65,7 +66,7 @@ def _getitem(tape, func, args, kwargs):
     table, index = args
     if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and table in tape.sources:
         if tape.carries_samples(index) and table.dim() == 2:
-            return lookup(tape, table, index, None)
+            return lookup(tape, table, like(tape, index, torch.where(index < 0, index + len(table), index)), None)
     return NotImplemented
 
 

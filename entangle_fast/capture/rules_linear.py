@@ -45,6 +45,7 @@ def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None, layout: La
     layout = layout or tape.layout(x, "linear")
     if layout.axis >= x.dim() - 1:
         raise CaptureError(f"linear: input of shape {tuple(x.shape)} has its samples in the last dimension, which is summed over")
+    tape.refuse_dtypes("linear", x, weight, bias)
     dtype = tape.autocast_dtype(x)
     x = x.to(dtype)
     if bias is not None and bias.dim() != 1:
@@ -58,6 +59,8 @@ def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None, layout: La
 
 def _linear(tape, func, args, kwargs):
     def bind(input, weight, bias=None):
+        if weight.dim() == 1:
+            return NotImplemented if bias is not None else _matmul(tape, torch.matmul, (input, weight), {})
         return linear_with(tape, input, weight, bias)
 
     return bind(*args, **kwargs)

@@ -30,6 +30,8 @@ class _Use:
         self.tape, self.source = tape, source
 
     def record(self, factor: Factor) -> None:
+        if not self.tape.running:
+            return self.tape.refuse_other_backward(self.source)
         for name, x in vars(factor).items():
             if isinstance(x, Tensor):  # an activation's graph leads back to this tape: a cycle that holds all factors
                 setattr(factor, name, x.detach())
@@ -60,11 +62,14 @@ class Tape:
         self.active = False  # inside the `with`
         self.idle = False  # the forward is over: what runs inside the `with` now is not watched
         self.recomputes = False  # the forward runs again in the backward (activation checkpointing)
+        self.remakes: list = []  # weak references to the inputs that will be made again (remake.py)
         self.exposed = False  # an activation may have been written to behind autograd's back
+        self.running = False  # the tape's own backward
+        self.asked = self.again = False  # torch.autograd.grad, called by the model; with create_graph=True
         self._pending: dict[int, int] = {}  # uses of each parameter whose factor has not arrived
         self._uses: list[tuple[Source, Factor]] = []
         self._stream: _Stream | None = None
-        self._done = False
+        self._done = self._finished = False  # the backward: begun; all factors are there
 
     # ---- what rules ask ----
 
@@ -109,6 +114,15 @@ class Tape:
         finally:
             self.batch_dim = before
 
+    @contextlib.contextmanager
+    def gradients_asked(self, again: bool):
+        """The model asks for gradients of its activations: nothing is recorded. again: to differentiate them once more."""
+        before, self.asked, self.again = self.asked, True, self.again or again
+        try:
+            yield
+        finally:
+            self.asked, self.again = before, False
+
     def autocast_on(self, x: Tensor) -> bool:
         return torch.is_autocast_enabled(x.device.type)
 
@@ -118,11 +132,19 @@ class Tape:
             return torch.get_autocast_dtype(x.device.type)
         return x.dtype
 
+    def refuse_dtypes(self, what: str, x: Tensor, *weights: Tensor | None) -> None:
+        """Without autocast an input of another dtype than the weights is an error, as it is without a capture."""
+        for p in (w for w in weights if w is not None and w.dtype != x.dtype):
+            if not self.autocast_on(x) and not (p.dtype == torch.float32 and x.dtype.itemsize == 2 and "norm" in what):
+                raise CaptureError(f"{what}: an input of {x.dtype} meets weights of {p.dtype}; convert one: x.to({p.dtype})")
+
     def use(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, _Use | None]:
         """Values to compute with, cut off from autograd, and where to record; no record for a tensor not watched."""
         if p not in self.sources:
             return p.to(dtype), None
         source = self.sources[p]
+        if p.is_complex():
+            raise CaptureError(f"{self.describe(p)}: complex numbers; capture has rules for real ones only; freeze it")
         if not self._done:  # a recomputed forward records nothing of its own
             for i in source.params:
                 self._pending[i] = self._pending.get(i, 0) + 1
@@ -138,8 +160,24 @@ class Tape:
                     "computed from the batch, or by a custom autograd.Function? no rule covers that"
                 )
 
+    def refuse_other_backward(self, source: Source) -> None:
+        """A backward that is not the tape's: a plain gradient of an activation may pass, one that needs a weight's may not."""
+        name = self._named(source)
+        if self.again:
+            raise CaptureError(
+                f"{name}: a gradient of a gradient (create_graph=True) passes through it; capture has no rule for that; detach "
+                "it, or freeze the parameter with requires_grad_(False)"
+            )
+        if not self.asked:
+            raise CaptureError(
+                f"{name}: a backward that is not the tape's would leave its .grad empty; call tape.backward(losses) instead, or for "
+                "gradients of activations torch.autograd.grad inside the `with`"
+            )
+
     def describe(self, x: Tensor) -> str:
-        source = self.sources[x]
+        return self._named(self.sources[x])
+
+    def _named(self, source: Source) -> str:
         return "parameter " + ", ".join(repr(self.names[i]) for i in source.params)
 
     # ---- recording ----
@@ -175,9 +213,10 @@ class Tape:
         self._run(losses)
         if self._stream is not None:
             self._stream.finish(self)
+        self._finished = True
 
     def _run(self, losses: Tensor) -> None:
-        self.idle = not self.recomputes
+        self.idle, self.running = not self.recomputes, True
         with self.mode if self.recomputes and not self.active else contextlib.nullcontext():
             try:
                 if self.recomputes:
@@ -191,7 +230,7 @@ class Tape:
                         total = losses.sum()
                     torch.autograd.backward(total, inputs=[self.anchor])
             finally:
-                self.idle, self.anchor.grad = True, None
+                self.idle, self.running, self.anchor.grad = True, False, None
 
     def _check_losses(self, losses: Tensor) -> None:
         if self._done:
@@ -212,10 +251,13 @@ class Tape:
             )
         if self.n == 0:
             raise ValueError("losses: an empty batch has no gradient; needs at least one sample")
-        place = self.places.get(losses)
-        if isinstance(place, Lost) and place.mixed:
-            raise CaptureError(f"losses: they are not one per sample: {place.why}, so that samples share gradients")
         self._refuse_leaks(losses)
+        place = self.places.get(losses)
+        if isinstance(place, Lost):
+            raise CaptureError(
+                f"losses: they are not one per sample, in the samples' order: {place.why}; compute each sample's loss from its own "
+                "activations alone, and leave the order as it is"
+            )
 
     def _refuse_leaks(self, losses: Tensor) -> None:
         """A parameter that reached the loss past every rule (a custom autograd.Function) must not be dropped silently."""
@@ -248,6 +290,8 @@ class Tape:
     def _contractions(self) -> list[Contraction]:
         if not self._done:
             raise CaptureError("tape: no backward yet; call tape.backward(losses) first")
+        if not self._finished:
+            raise CaptureError("tape: its backward was broken off, factors are missing; capture a new forward with ef.capture(model)")
         if self._stream is not None:
             raise CaptureError(
                 f"tape: factors were freed while the backward ran, only {', '.join(self._stream.results)} can be asked; "
@@ -328,7 +372,7 @@ class Tape:
         return lists[0] if single else lists
 
     def _streamed(self, what: str) -> bool:
-        return self._stream is not None and what in self._stream.results
+        return self._finished and self._stream is not None and what in self._stream.results
 
 
 class _Stream:
@@ -390,7 +434,8 @@ def capture(
             By default 1 for torch's own transformer layers with batch_first=False, 0 otherwise. From there on the
             samples are followed through every operation.
         strict: a trainable parameter in a function without a rule is an error that names it; with strict=False it
-            goes through torch.func.vmap on a copy per sample (slower, more memory).
+            goes through torch.func.vmap on a copy per sample (slower, more memory). An activation in a function that is not
+            known to keep the samples apart, such as another library's, is an error too; with strict=False it is taken to.
 
     Yields: a Tape.
 
@@ -411,6 +456,11 @@ def capture(
             named[name] = p
     if not named:
         raise CaptureError("model: no trainable parameter; set requires_grad_(True) on those that shall be captured")
+    if hooked := [name for name, p in named.items() if p._backward_hooks]:
+        raise CaptureError(
+            f"parameter {hooked[0]!r}: a hook on its gradient (register_hook) would not run: no weight gradient is formed; remove the "
+            "hook, or freeze it with requires_grad_(False)"
+        )
     if seen & _CAPTURED:
         raise CaptureError("model: its parameters are being captured already; leave that `with` before another begins")
     if batch_dim is None and is_module and _positions_first(model):

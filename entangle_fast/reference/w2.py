@@ -47,10 +47,11 @@ def w2_moments(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """
     dtype = accumulate_dtype(losses)
     x, y = losses.to(dtype), reference.to(dtype)
-    shift = x.mean() - y.mean()
-    centred = x - x.mean()
+    mean, far = (z[:1] + (z - z[:1]).mean() for z in (x, y))  # from the first on: exact where all are equal
+    shift = (mean - far).squeeze()
+    centred = x - mean
     sigma = centred.square().mean().sqrt()
-    stretch = sigma - (y - y.mean()).square().mean().sqrt()
+    stretch = sigma - (y - far).square().mean().sqrt()
     unit = torch.where(sigma > 0, centred / torch.where(sigma > 0, sigma, 1), 0)
     return shift.square() + stretch.square(), (2 / len(x)) * (shift + stretch * unit)
 

@@ -1,10 +1,13 @@
 """A small model for the demo, and models and weights by name."""
 import difflib
 import importlib
+import pickle
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from ..storage import CheckpointError, load_tensors
 
 
 class SmallCNN(nn.Module):
@@ -62,15 +65,14 @@ def load_weights(model, path):
 
     A torch file may hold the state dict itself or have it under "state_dict". Values are cast to the model's
     floating-point dtype. Returns the model.
-    Raises ValueError naming the keys that are missing, not the model's, or of another shape or kind; the model is
-    then unchanged.
+    Raises ValueError naming the keys that are missing, not the model's, or of another shape or kind, FileNotFoundError, and
+    CheckpointError for a file that cannot be read; the model is then unchanged.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        state = load_file(path)
+        state = load_tensors(path)
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _load_torch(path)
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -90,3 +92,13 @@ def load_weights(model, path):
         raise ValueError(f"path: {path} does not fit the model: {said}. Make the model as it was when it was saved")
     model.load_state_dict(state)
     return model
+
+
+def _load_torch(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a torch file of tensors alone, or damaged; save model.state_dict(), by torch.save or as "
+                              "safetensors: it is read with weights_only, other objects could run code") from error  # fmt: skip

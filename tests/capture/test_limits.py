@@ -150,6 +150,25 @@ def test_streamed_tapes_answer_what_was_asked():
             tape.backward(model(x).sum(1), **how)
 
 
+@pytest.mark.parametrize("stream", [(), ("gram",)])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_backward_that_was_broken_off(stream, error):
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), torch.randn(4, 6).double()
+
+    def stop(*_):
+        raise error
+
+    handle = model[1].register_full_backward_hook(stop)
+    with ef.capture(model) as tape:
+        losses = model(x).sum(1)
+        with pytest.raises(error):
+            tape.backward(losses, stream=stream)
+    with pytest.raises(ef.CaptureError, match="broken off"):
+        tape.gram()
+    handle.remove()
+    run(model, 6)
+
+
 def test_questions_with_wrong_shapes():
     tape = run(nn.Linear(6, 3).double(), 6)
     for w in (torch.ones(3), torch.ones(4, 2), torch.ones(1, 1, 4)):

@@ -101,6 +101,24 @@ def test_changed_behind_autograd_or_by_a_constant(between):
     torch.testing.assert_close(tape.gram(), by_autograd(w, run(w, F.gelu, x, between)[0]), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("exposed", ["input", "output"])
+@pytest.mark.parametrize("expose", [lambda h: h.data, lambda h: torch.from_numpy(h.detach().numpy())])
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_changed_behind_autograd_after_the_layer(name, expose, exposed):
+    w, x = weights(), torch.randn(N, 3, D, dtype=torch.float64)
+
+    def losses():
+        u = F.linear(x, w["first"])
+        h = PRODUCERS[name](u)
+        out = (F.linear(h, w["second"]) + F.linear(h, w["third"]).tanh()).square().sum((1, 2))
+        expose(u if exposed == "input" else h).mul_(3)
+        return out
+
+    with ef.capture(w, batch_size=N) as tape:
+        tape.backward(losses())
+    torch.testing.assert_close(tape.gram(), by_autograd(w, losses()), rtol=1e-11, atol=1e-11)
+
+
 class _LayerNorm(torch.autograd.Function):
     """A user's own, of the same name as the library's."""
 

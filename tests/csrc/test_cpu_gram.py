@@ -139,6 +139,13 @@ def test_arguments_are_checked(cpp):
                  (a, b, a[:, :, :2], b, "tiles")]:  # fmt: skip
         with pytest.raises(RuntimeError, match="gram"):
             cpp.gram(*args)
+    x, g, ids = torch.randn(5, 1, 6), torch.randn(5, 1, 4), torch.zeros(5, 3, dtype=torch.long)
+    for op, *args in [(cpp.gram, a, b, a, None), (cpp.gram_conv, x, g, [3], [1], [0], [1], 1, x), (cpp.gram_embedding, ids, b, ids)]:
+        with pytest.raises(RuntimeError, match="both given, or none"):
+            op(*args)
+    for args in [(x, g[:2], [3], [1], [0], [1]), (x, g, [], [1], [0], [1]), (x, g, [3], [0], [0], [1]), (x, g, [3], [1], [-1], [1])]:
+        with pytest.raises(RuntimeError, match="convolution"):
+            cpp.sqnorm_conv(*args, 1)
     a, b = a[:, 0], b[:, 0]
     for args in [([], [], [], []), ([a], [], [], []), ([a, a], [b, b], [a], [b]), ([a], [b], [a], []), ([a, a[:4]], [b, b[:4]], [], []),
                  ([a[:, None]], [b[:, None]], [], []), ([a], [b], [a[:, :2]], [b]), ([a], [b[:4]], [], [])]:  # fmt: skip

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -34,3 +36,27 @@ def test_large_logits_stay_finite(cpp):
 def test_labels_are_checked(cpp):
     with pytest.raises(RuntimeError, match="label"):
         cpp.sample_loss(torch.randn(2, 3), torch.tensor([0, 3]), 9.0)
+    logits, target = torch.randn(2, 3), torch.tensor([0, 1])
+    _, ce, lse = cpp.sample_loss(logits, target, 9.0)
+    for bad in (-1, 3, 10**9):
+        with pytest.raises(RuntimeError, match="label"):
+            cpp.sample_loss_backward(torch.ones(2), logits, torch.tensor([0, bad]), ce, lse, 9.0)
+    with pytest.raises(RuntimeError, match="does not go with target"):
+        cpp.sample_loss_backward(torch.ones(1), logits, target, ce, lse, 9.0)
+
+
+def test_nan_is_never_lost(cpp):
+    logits, target = torch.randn(3, 2, 5), torch.tensor([[0, 1], [2, 3], [-100, 4]])
+    logits[0, 1, 2], logits[2, 0, 0] = math.nan, math.nan
+    _, ce, lse = cpp.sample_loss(logits, target, math.inf)
+    grad = cpp.sample_loss_backward(torch.ones(3), logits, target, ce, lse, math.inf)
+    assert ce.isnan().tolist() == [True, False, False]
+    assert grad[0, 1].isnan().all() and grad[1].isfinite().all() and grad[2].isfinite().all() and (grad[2, 0] == 0).all()
+
+
+def test_float16(cpp):
+    logits, target, w = torch.randn(7, 31).half(), torch.randint(0, 31, (7,)), torch.randn(7)
+    loss, ce, lse = cpp.sample_loss(logits, target, 9.0)
+    torch.testing.assert_close((loss, ce, lse), reference.sample_loss(logits, target, 9.0))
+    grad = cpp.sample_loss_backward(w, logits, target, ce, lse, 9.0)
+    torch.testing.assert_close(grad, reference.sample_loss_backward(w, logits, target, ce, lse, 9.0))

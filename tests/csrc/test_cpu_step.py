@@ -136,6 +136,39 @@ def test_update_of_strided_and_mixed_tensors(cpp):
         torch.testing.assert_close(x, y)
 
 
+def test_bfloat16_goes_with_float64(cpp):
+    high, low = torch.rand(2503, dtype=torch.float64), torch.rand(2503).bfloat16()
+    coef, step = torch.ones(1, dtype=torch.float64), torch.tensor(3)
+
+    def run(ops):
+        p, v, q = ([high.clone(), low.clone()] for _ in range(3))
+        m, u = ([high.clone(), low.float()] for _ in range(2))
+        ops.step_update(p, v, [low, high], [low, high.float()], coef, 0.1, 0.9)
+        ops.step_adamw(q, m, u, [low, high], [high.float(), low], coef, step, 0.1)
+        return p + v + q + m + u
+
+    for x, y in zip(run(cpp), run(reference)):
+        torch.testing.assert_close(x, y)
+
+
+def test_float16_is_stepped_in_float32(cpp):
+    half = torch.randn(300).half()
+    mine, plain = [half.clone()], [half.clone()]
+    for op, p in ((cpp.step_update, mine), (reference.step_update, plain)):
+        op(p, [], [half.flip(0)], [half], torch.ones(1), 0.1)
+    torch.testing.assert_close(mine, plain)
+    torch.testing.assert_close(cpp.step_gram([half, half], 2), reference.step_gram([half, half], 2))
+    with pytest.raises(RuntimeError, match="look-ahead takes"):
+        cpp.step_lookahead(mine, [half], 0.1)
+
+
+def test_lookahead_far_beyond_the_parameter_is_undone(cpp):
+    params, grads = [torch.tensor([2.0, -2.0], dtype=torch.float64).repeat(64)], [torch.linspace(9e16, 1.4e17, 128, dtype=torch.float64)]
+    before = params[0].clone()
+    cpp.step_lookahead_undo(params, grads, *cpp.step_lookahead(params, grads, 1.1), 1.1)
+    assert torch.equal(params[0], before)
+
+
 def test_lookahead_is_undone_to_the_bit(cpp, dtype):
     params, grads = some(dtype), some(dtype)
     params[2][:3] *= 1e-30  # far smaller than their step: the plain undo loses them
@@ -168,5 +201,13 @@ def test_arguments_are_checked(cpp):
         cpp.step_gram(p + [torch.randn(4)], 2)
     with pytest.raises(RuntimeError, match="exp_avg differ in size"):
         cpp.step_adamw(p, [torch.randn(4)], p, p, [], torch.zeros(0), torch.tensor(1), 0.1)
+    with pytest.raises(RuntimeError, match="grads differ in size"):
+        cpp.step_lookahead(p, [torch.randn(4)], 0.1)
+    with pytest.raises(RuntimeError, match="counter"):
+        cpp.step_update(p, [], p, [], torch.zeros(0), 0.1, 0.0, 0.0, 0.1, 0, 0, torch.tensor(1, dtype=torch.int32))
+    ulps, none = [torch.zeros(5, dtype=torch.int8)], torch.zeros(0, 2, dtype=torch.long)
+    for index, value in ((none.int(), torch.zeros(0).double()), (none, torch.zeros(0)), (none, torch.zeros(1).double())):
+        with pytest.raises(RuntimeError, match="undo needs"):
+            cpp.step_lookahead_undo(p, [torch.zeros(5)], ulps, index, value, 0.1)
     with pytest.raises(RuntimeError, match="step_project"):
         cpp.step_project(p, p, [], 0.9, 0.0, 1e-15)

@@ -53,6 +53,13 @@ def test_moments_of_equal_losses(cpp):
     torch.testing.assert_close((value, weights), reference.w2_moments(x, torch.tensor([1.0, 2.0])))
 
 
+@pytest.mark.parametrize("n", [3, 1000])
+def test_moments_of_equal_losses_that_are_not_short_binary_fractions(cpp, n):
+    value, weights = cpp.w2_moments(torch.full((n,), 0.1, dtype=torch.float64), torch.arange(7).double())
+    torch.testing.assert_close(value, torch.tensor(2.9**2 + 4, dtype=torch.float64))
+    torch.testing.assert_close(weights, torch.full((n,), 2 / n * -2.9, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_do_not_change_a_bit(cpp, kind):
     x, y, before = torch.randn(100_000), torch.randn(70_000), torch.get_num_threads()

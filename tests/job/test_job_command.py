@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 from running import die_at
+from typer.testing import CliRunner
 
+from entangle_fast import cli
 from entangle_fast.job import CHECKPOINT
 
 CONFIG = """
@@ -28,10 +31,6 @@ threads = 1
 
 
 def test_from_a_config_file_through_the_command_line(tmp_path):
-    from typer.testing import CliRunner
-
-    from entangle_fast import cli
-
     path = tmp_path / "job.toml"
     path.write_text(CONFIG.format(out=tmp_path / "run"))
     done = CliRunner().invoke(cli.app, ["unlearn", str(path)])
@@ -56,10 +55,6 @@ def test_from_a_config_file_through_the_command_line(tmp_path):
 
 def test_the_command_that_report_proposes(tmp_path, monkeypatch):
     """An interrupted run: refused without --resume, explained by report, and finished by the line that report says."""
-    from typer.testing import CliRunner
-
-    from entangle_fast import cli
-
     path, run = tmp_path / "job.toml", tmp_path / "run"
     path.write_text(CONFIG.format(out="elsewhere"))
     with monkeypatch.context() as patch:
@@ -78,3 +73,14 @@ def test_the_command_that_report_proposes(tmp_path, monkeypatch):
     assert done.exit_code == 0 and (run / "report.json").exists() and not (run / CHECKPOINT).exists()
     assert "entangled: 2 of " in done.stderr and " s, done" in done.stderr
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("content, message", [(None, "no such file"), (b"hello", "not a readable safetensors file")])
+def test_a_bad_weights_file_is_named_by_its_key(content, message, tmp_path):
+    path, weights = tmp_path / "job.toml", tmp_path / "w.safetensors"
+    if content:
+        weights.write_bytes(content)
+    path.write_text(CONFIG.format(out=tmp_path / "run").replace("[method]", f'weights = "{weights}"\n[method]'))
+    done = CliRunner().invoke(cli.app, ["unlearn", str(path)])
+    said = done.stderr.replace("\n", " ")
+    assert done.exit_code == 2 and "model.weights: " in said and message in said and not (tmp_path / "run").exists()

@@ -130,3 +130,12 @@ def test_a_checkpoint_cut_off(tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"\x00\x01half")
     with pytest.raises(storage.CheckpointError, match="not a readable safetensors file"):
         go(out=tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    model = trained()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises((storage.CheckpointError, ValueError), match="could not be written"):
+            go(model, out=out)
+    assert same(bits(model), bits(trained())) and (tmp_path / "file").read_text() == "mine"

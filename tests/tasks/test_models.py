@@ -1,8 +1,12 @@
+import os
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from entangle_fast.storage import CheckpointError
 from entangle_fast.tasks import SmallCNN, load_model, load_weights
 
 
@@ -72,3 +76,23 @@ def test_a_malicious_torch_file_is_refused(tmp_path):
     torch.save({"weight": Malicious()}, tmp_path / "w.pt")
     with pytest.raises(Exception, match="[Ww]eights.only"):
         load_weights(nn.Linear(3, 2), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("w.safetensors", b"hello"), ("w.pt", b"hello"), ("w.pt", b""), ("w.pt", pickle.dumps({"weight": os.system})),
+    ("w.pt", nn.Linear(2, 2)),
+])  # fmt: skip
+def test_a_damaged_or_hostile_file_is_one_plain_error(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    model = nn.Linear(2, 2)
+    before = model.weight.clone()
+    with pytest.raises(CheckpointError, match=f"{name}: not a"):
+        load_weights(model, path)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
+        load_weights(nn.Linear(2, 2), tmp_path / name)

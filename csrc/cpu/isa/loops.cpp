@@ -131,8 +131,7 @@ template <class T> int64_t lookahead(T* __restrict theta, const T* __restrict g,
   for (int64_t e = 0; e < count; ++e) {
     const T old = theta[e], now = moved<T>(old, g[e], -alpha), back = moved<T>(now, g[e], alpha);
     theta[e] = now;
-    const auto off = ordered(old) - (decltype(ordered(old)))ordered(back);
-    // a wrapped difference of 32-bit integers has the wrong sign but is far all the same unless it is really near
+    const int64_t off = (int64_t)((uint64_t)ordered(old) - (uint64_t)ordered(back));  // where it wraps it is far all the same
     const bool near = off >= -127 && off <= 127 && finite(widen(back));
     ulps[e] = near ? (int8_t)off : (int8_t)-128;
     far += !near;
