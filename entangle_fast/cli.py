@@ -101,6 +101,8 @@ def demo(
 
         run(forget=forget, seeds=seeds, out=out, quick=quick, progress=not no_progress)
         _show(out)
+        if quick:
+            Console(stderr=True).print("quick: a fifth of the passes; numbers to look around with, not to report", soft_wrap=True)
 
 
 @app.command()
