@@ -139,32 +139,21 @@ def _windows(c):
     return c.mixed("goes over the samples") if c.place.axis or c.x.dim() < 4 else c.place
 
 
-_FOURIER = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+# where a function's dim stands among its arguments, and what it is when not given; None: all dimensions
+_DIMENSIONS = {
+    **{f"fft_{name}{end}": (2, default) for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+       for end, default in (("", -1), ("2", (-2, -1)), ("n", None))},
+    "fft_fftshift": (1, None), "fft_ifftshift": (1, None), "linalg_vector_norm": (2, None), "linalg_norm": (2, None),
+    "linalg_matrix_norm": (2, (-2, -1)), "quantile": (2, None), "nanquantile": (2, None), "glu": (1, -1), "linalg_cross": (2, -1),
+    "cross": (2, None), "flipud": (9, 0), "fliplr": (9, 1), "msort": (9, 0), "rot90": (2, (0, 1)), "trapezoid": (2, -1),
+    "cumulative_trapezoid": (2, -1),
+}  # fmt: skip
 
 
-@follows(*(f"fft_{name}{end}" for name in _FOURIER for end in ("", "2", "n")), "fft_fftshift", "fft_ifftshift",
-         "linalg_vector_norm", "linalg_norm", "linalg_matrix_norm", "quantile", "nanquantile", "glu", "linalg_cross", "cross", "flipud",
-         "fliplr", "msort", "rot90", "trapezoid", "cumulative_trapezoid", "linalg_diagonal", "std_mean", "var_mean")  # fmt: skip
+@follows(*_DIMENSIONS)
 def _over_dimensions(c):
     """Along named dimensions, or all of them."""
-    position, default = 2, None
-    if c.name.startswith("fft_"):
-        position = 1 if c.name.endswith("shift") else 2
-        default = {"2": (-2, -1), "n": None, "t": None}.get(c.name[-1], -1) if c.name != "fft_" else None
-        default = -1 if c.name[4:] in _FOURIER else default
-    elif c.name in ("glu", "linalg_cross", "trapezoid", "cumulative_trapezoid", "linalg_matrix_norm"):
-        position = 1 if c.name == "glu" else 2
-        default = (-2, -1) if c.name == "linalg_matrix_norm" else -1
-    elif c.name in ("std_mean", "var_mean"):
-        position = 1
-    elif c.name in ("flipud", "msort"):
-        position, default = 9, 0
-    elif c.name == "fliplr":
-        position, default = 9, 1
-    elif c.name == "rot90":
-        default = (0, 1)
-    if isinstance(default, tuple):
-        default = tuple(d % c.x.dim() for d in default)
+    position, default = _DIMENSIONS[c.name]
     dim = by_axis(c.args, c.kwargs, position, c.x.dim(), default)
     along = range(c.x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
     if any(p.axis in along for _, p in c.placed):
@@ -205,14 +194,11 @@ _STACKS = {"vstack": 0, "row_stack": 0, "hstack": 1, "dstack": 2, "column_stack"
 
 @follows(*_STACKS)
 def _side_by_side(c):
-    places = [p for _, p in c.placed]
     if any(x.dim() != c.x.dim() for x, _ in c.placed):
         return c.lost("joins tensors of several shapes")
-    if c.name in ("vstack", "row_stack") and c.x.dim() == 1:
-        return places[0].at(1)
+    if c.name in ("vstack", "row_stack", "dstack") and c.x.dim() == 1:
+        return c.place.at(1)
     dim = 0 if c.name == "hstack" and c.x.dim() == 1 else _STACKS[c.name]
-    if c.name == "dstack" and c.x.dim() == 1:
-        return places[0].at(1)
     if c.x.dim() <= dim:  # a new dimension behind the others
         return _kept(c)
     c.args, c.kwargs = (c.args[0], dim), {}

@@ -165,9 +165,9 @@ def through_vmap(tape, func, args, kwargs):
 
 
 def _refuse_other_values(tape, func, plain, out) -> None:
-    """One sample at a time gives what the function gives for the batch, or it mixes the samples."""
+    """One sample at a time gives what the function gives for the batch, but for rounding, or it mixes the samples."""
     for y, want in zip(tensors_in(out), tensors_in(plain), strict=True):
-        if y.shape != want.shape or y.is_floating_point() and not (y - want).norm() <= 0.05 * want.norm():
+        if y.shape != want.shape or y.is_floating_point() and not (y - want).norm() <= torch.finfo(y.dtype).eps ** 0.5 * want.norm():
             raise CaptureError(
                 f"{function_name(func)}: it gives other values for the batch than for each sample alone, so that samples share "
                 "gradients; freeze its parameters with requires_grad_(False)"

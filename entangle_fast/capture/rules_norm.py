@@ -95,7 +95,7 @@ def _layer_norm(tape, func, args, kwargs):
 
 def _mixed(tape, x, *params) -> bool:
     """Autocast or mixed dtypes: normalise natively, then scale and shift by elementwise rules."""
-    tape.refuse_dtypes("normalisation", x, *params)
+    tape.refuse_dtypes("normalisation", x, *params, wider=True)
     return tape.autocast_on(x) or any(p is not None and p.dtype != x.dtype for p in params)
 
 

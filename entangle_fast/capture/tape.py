@@ -132,10 +132,13 @@ class Tape:
             return torch.get_autocast_dtype(x.device.type)
         return x.dtype
 
-    def refuse_dtypes(self, what: str, x: Tensor, *weights: Tensor | None) -> None:
-        """Without autocast an input of another dtype than the weights is an error, as it is without a capture."""
+    def refuse_dtypes(self, what: str, x: Tensor, *weights: Tensor | None, wider: bool = False) -> None:
+        """Without autocast an input of another dtype than the weights is an error, as it is without a capture.
+
+        wider: float32 weights may meet a 16-bit input.
+        """
         for p in (w for w in weights if w is not None and w.dtype != x.dtype):
-            if not self.autocast_on(x) and not (p.dtype == torch.float32 and x.dtype.itemsize == 2 and "norm" in what):
+            if not self.autocast_on(x) and not (wider and p.dtype == torch.float32 and x.dtype.itemsize == 2):
                 raise CaptureError(f"{what}: an input of {x.dtype} meets weights of {p.dtype}; convert one: x.to({p.dtype})")
 
     def use(self, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, _Use | None]:

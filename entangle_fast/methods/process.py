@@ -111,8 +111,8 @@ class Process(ABC):
         return self.checked(self.loss(self.model(x), y), len(y), name)
 
     def checked(self, losses: Tensor, n: int, name: str) -> Tensor:
-        """The losses, of the right shape. Whether they are finite is read with the gradients, before anything is changed: one
-        wait for the device a step, not one a set."""
+        """The losses, of the right shape. Whether they are finite is read with the gradients (gradient, must_be_finite), one wait
+        for the device a step, not one a set; a method that forms its gradients otherwise calls settle before it changes anything."""
         if losses.dim() != 1 or len(losses) != n:
             raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs (n,), not reduced")
         self._note(losses, name, "loss")

@@ -53,6 +53,16 @@ def test_extreme_logits_and_labels(cuda):
     assert loss[3].isnan()  # a label out of range
 
 
+@pytest.mark.parametrize("clip", [math.inf, 1.0])
+def test_nan_is_never_lost(cuda, clip):
+    logits, target, rest = torch.randn(3, 2, 5), torch.tensor([[0, 1], [2, 3], [-100, 4]]), (clip, 0.0, -100, 0.0, "mean")
+    logits[0, 1, 2], logits[2, 0, 0] = math.nan, math.nan  # the second where it is ignored
+    _, ce, lse = cuda.sample_loss(logits, target, *rest)
+    grad = cuda.sample_loss_backward(torch.ones(3), logits, target, ce, lse, *rest)
+    assert ce.isnan().tolist() == [True, False, False]
+    assert grad[0, 1].isnan().all() and grad[1:].isfinite().all() and (grad[2, 0] == 0).all()
+
+
 def test_bad_arguments_are_refused(cuda):
     rest = (math.inf, 0.0, -100, 0.0, "mean")
     with pytest.raises(RuntimeError, match="no classes"):
