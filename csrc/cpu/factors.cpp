@@ -6,7 +6,8 @@
 namespace ef::cpu {
 namespace {
 
-constexpr int64_t kRows = 32, kColumns = 128;     // a piece of a linear layer's gradient: 16 samples of it stay in L2
+constexpr int64_t kColumns = 128;                 // a piece of a linear layer's gradient: 16 samples of it stay in L2
+template <class T> constexpr int64_t kRows = sizeof(T) == 2 ? 64 : 32;
 constexpr int64_t kConvColumns = 256;             // most kernel elements in a piece of a convolution's
 constexpr int64_t kConvLeast = 64;                // least: each piece transposes g once
 
@@ -31,16 +32,16 @@ LinearGradients<T>::LinearGradients(const T* a_, const T* b_, int64_t n_, int64_
     std::swap(a, b);
     std::swap(d_in, d_out);
   }
-  for (int64_t o = 0; o < d_out; o += kRows)
+  for (int64_t o = 0; o < d_out; o += kRows<T>)
     for (int64_t j = 0; j < d_in; j += kColumns) {
-      const int64_t rows = std::min(kRows, d_out - o), columns = std::min(kColumns, d_in - j);
+      const int64_t rows = std::min(kRows<T>, d_out - o), columns = std::min(kColumns, d_in - j);
       this->pieces.push_back({o, rows, j, columns, rows * up(columns, k.width), 0});
     }
 }
 
 template <class T> int64_t LinearGradients<T>::work() const {
   const auto& k = contract_of<T>();
-  return up(t, k.per) * (k.width + kRows) * sizeof(T) + 64;
+  return up(t, k.per) * (k.width + kRows<T>) * sizeof(T) + 64;
 }
 
 template <class T> void LinearGradients<T>::form(int64_t i, const Piece& p, T* cells, void* work) const {

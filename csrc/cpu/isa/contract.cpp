@@ -129,23 +129,28 @@ void pack(const T* rows, int64_t ld, int64_t count, int64_t units, T* panel, int
 
 // ---- form: one sample's gradient, b^T a ------------------------------------------------------------------------
 
-// t rows of x, columns [0, W) -> k-major units, zeros beyond `columns`
-template <class T, int W>
-inline void gather(const T* x, int64_t ld, int64_t t, int64_t columns, T* out) {
-  constexpr int per = Lane<T>::per;
-  int64_t u = 0;
-  if (columns >= W) {  // whole rows: vector copies
-    for (; (u + 1) * per <= t; ++u, out += W * per) {
-      const T *even = x + u * per * ld, *odd = even + (per - 1) * ld;
-      if (per == 1) memcpy(out, even, W * sizeof(T));
-      else
-        for (int c = 0; c < W; ++c) out[per * c] = even[c], out[per * c + per - 1] = odd[c];
-    }
-  }
-  for (; u * per < t; ++u, out += W * per)
-    for (int e = 0; e < per; ++e)
-      for (int64_t c = 0; c < W; ++c) out[c * per + e] = c < columns && u * per + e < t ? x[(u * per + e) * ld + c] : T(0);
+// t rows of x -> k-major units of a panel, zeros beyond `columns`
+template <class T> inline void gather(const T* x, int64_t ld, int64_t t, int64_t columns, T* out) {
+  static_assert(Lane<T>::per == 1);
+  constexpr int64_t width = Tile<T>::width;
+  for (int64_t p = 0; p < t; ++p, x += ld, out += width)
+    if (columns >= width) memcpy(out, x, width * sizeof(T));
+    else
+      for (int64_t c = 0; c < width; ++c) out[c] = c < columns ? x[c] : T(0);
 }
+#if defined(__AVX512BF16__)
+template <> inline void gather<uint16_t>(const uint16_t* x, int64_t ld, int64_t t, int64_t columns, uint16_t* out) {
+  constexpr int64_t width = Tile<uint16_t>::width;
+  const uint32_t here = columns < width ? (1u << columns) - 1 : ~0u;
+  for (int64_t p = 0; p < t; p += 2)
+    for (int64_t c = 0; c < width; c += 16, out += 32) {
+      const __mmask16 first = here >> c, second = p + 1 < t ? first : 0;
+      const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, x + p * ld + c));
+      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, x + (p + 1) * ld + c));
+      _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+}
+#endif
 
 // strided rows come from L3 too late unless asked for in time
 inline void prefetch_rows(const char* x, int64_t stride, int64_t rows, int64_t bytes) {
@@ -160,26 +165,27 @@ void form(const T* a, int64_t ld_a, const T* b, int64_t ld_b, int64_t t, int64_t
   using A = typename Lane<T>::acc;
   constexpr int per = Lane<T>::per;
   constexpr int64_t width = Tile<T>::width;
-  const int64_t units = (t + per - 1) / per, strips = (o + R - 1) / R;
-  T* right = work;                       // units x width
-  T* left = work + units * width * per;  // strips x units x R
-  for (int64_t s = 0; s < strips; ++s) gather<T, R>(b + s * R, ld_b, t, o - s * R, left + s * units * R * per);
+  const int64_t units = (t + per - 1) / per, panel = units * width * per;
+  T *right = work, *left = work + panel;
+  for (int64_t r = 0; r < o; r += width) gather<T>(b + r, ld_b, t, o - r, left + r / width * panel);
   A tile[R * width];
   for (int64_t c = 0; c < j; c += width) {
-    gather<T, width>(a + c, ld_a, t, j - c, right);
+    gather<T>(a + c, ld_a, t, j - c, right);
     if (c + width < j) {
       prefetch_rows((const char*)(a + c + width), ld_a * sizeof(T), t, width * sizeof(T));
     } else {  // the next sample's
       prefetch_rows((const char*)(a + t * ld_a), ld_a * sizeof(T), t, width * sizeof(T));
       prefetch_rows((const char*)(b + t * ld_b), ld_b * sizeof(T), t, o * sizeof(T));
     }
-    for (int64_t s = 0; s < strips; ++s) {
-      if (per == 1 && s * R + R <= o) {
-        Tile<T>::product(units, (const U*)left + s * units * R, R, (const U*)right, (A*)(out + s * R * ld_out + c), ld_out);
+    for (int64_t r = 0; r < o; r += R) {
+      const U* x = (const U*)(left + r / width * panel) + r % width;
+      T* rows = out + r * ld_out + c;
+      if (per == 1 && r + R <= o) {
+        Tile<T>::product(units, x, width, (const U*)right, (A*)rows, ld_out);
         continue;
       }
-      Tile<T>::product(units, (const U*)left + s * units * R, R, (const U*)right, tile);
-      for (int64_t i = 0; i < R && s * R + i < o; ++i) put_row<T>(tile + i * width, out + (s * R + i) * ld_out + c, width);
+      Tile<T>::product(units, x, width, (const U*)right, tile);
+      for (int64_t i = 0; i < R && r + i < o; ++i) put_row<T>(tile + i * width, rows + i * ld_out, width);
     }
   }
 }
