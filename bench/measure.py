@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -47,7 +48,10 @@ def limits(dtype: torch.dtype) -> dict:
 
 
 def measure(job: Job, rounds: int | None = None) -> Measured:
-    """All providers of a job in turns, round after round. A peer that fails is left out; ours may not fail."""
+    """All providers of a job in turns, round after round. A peer that fails is left out; ours may not fail.
+
+    Each round has an order of its own: who comes after a peer that gave gigabytes back touches fresh pages.
+    """
     calls, failed, results, first = job.calls(), {}, {}, {}
     for name, call in list(calls.items()):
         try:
@@ -68,11 +72,11 @@ def measure(job: Job, rounds: int | None = None) -> Measured:
     del results
     rounds = rounds or int(min(15, max(3, SECONDS / max(1e-6, sum(first.values())))))
     times, bounds, seen = {name: [] for name in calls}, limits(job.dtype), {"copy": [], "gemm": []}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, (call, amount) in bounds.items():
             seen[name].append(amount / _timed(call)[1])
-        for name, call in calls.items():
-            times[name].append(_timed(call)[1])
+        for name in random.Random(turn).sample(list(calls), len(calls)):
+            times[name].append(_timed(calls[name])[1])
     return Measured(times, verdicts, errors, failed, {name: statistics.median(rates) for name, rates in seen.items()})
 
 

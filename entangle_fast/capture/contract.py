@@ -2,7 +2,7 @@
 
 Parameters that meet in one source (LoRA's B @ A, weight norm) form a component with all their uses. Then:
   direct   one factored use, or uses that merge into one or touch disjoint parts of the weight: contract the factors;
-           linear layers of one position together, in one call
+           linear layers of one position together, in one call; so are biases and norms
   rows     uses of different forms (an embedding tied to the output layer): add them row tile by row tile
   samples  anything else: explicit gradients of a chunk of samples, pulled back through the source
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..reference.per_sample import CHUNK_BYTES, chunks
-from .factors import Factor, LinearFactor
+from .factors import DenseFactor, Factor, LinearFactor
 from .sources import Source
 
 Use = tuple[Source, Factor]
@@ -33,14 +33,16 @@ class Component:
 
 def components(uses: list[Use]) -> list[Component]:
     """Group uses by the parameters they reach."""
-    found: list[Component] = []
+    of: dict[int, Component] = {}  # of each parameter
     for use in uses:
-        reach = set(use[0].params)
-        touching = [c for c in found if reach & set(c.params)]
-        merged = Component(sorted(reach.union(*(c.params for c in touching))), [u for c in touching for u in c.uses])
-        merged.uses.append(use)
-        found = [c for c in found if c not in touching] + [merged]
-    return found
+        touching = list({id(c): c for i in use[0].params if (c := of.get(i)) is not None}.values())
+        mine = touching[0] if touching else Component([], [])
+        for other in touching[1:]:
+            mine.uses += other.uses
+        mine.uses.append(use)
+        mine.params = sorted({*use[0].params, *(i for c in (mine, *touching) for i in c.params)})
+        of.update(dict.fromkeys(mine.params, mine))
+    return list({id(c): c for c in of.values()}.values())
 
 
 def _merged(uses: list[Use]) -> list[Use]:
@@ -93,12 +95,11 @@ class Contraction:
     def _pairs_up(self, other: Contraction | None) -> bool:
         return self.direct and (other is None or (other.direct and _aligned(self.uses, other.uses)))
 
-    def layer(self, other: Contraction | None) -> list[tuple[Tensor, Tensor]] | None:
-        """(a, b) of a linear layer used once, at one position of each sample, on this side and the other; else None."""
+    def sides(self, other: Contraction | None) -> list[Factor] | None:
+        """The one factor of a parameter used once, on this side and the other; else None."""
         if len(self.uses) > 1 or not self._pairs_up(other):
             return None
-        factors = [f for side in (self, other) if side is not None for _, f in side.uses]
-        return [f.pair() for f in factors] if all(isinstance(f, LinearFactor) and f.a.shape[1] == 1 for f in factors) else None
+        return [f for side in (self, other) if side is not None for _, f in side.uses]
 
     def gram(self, other: Contraction | None = None) -> Tensor:
         if self._pairs_up(other):
@@ -181,15 +182,39 @@ class Contraction:
         return out
 
 
+_COLUMNS = 4096  # of explicit gradients that are copied together
+
+
 def grams(pairs: Iterable[tuple[Contraction, Contraction | None]]) -> list[Tensor]:
-    """Summands of the Gram, or cross-Gram, over all components: the layers of one position make one for each dtype and device."""
-    parts, layers = [], {}
+    """Summands of the Gram, or cross-Gram, over all components.
+
+    Layers of one position make one for each dtype and device, in one call; explicit gradients one, in products of many columns.
+    """
+    parts, layers, dense = [], {}, {}
     for mine, other in pairs:
-        if (sides := mine.layer(other)) is None:
-            parts.append(mine.gram(other))
+        factors = mine.sides(other)
+        kind = type(factors[0]) if factors else None
+        if kind is LinearFactor and all(f.a.shape[1] == 1 for f in factors):
+            layers.setdefault((factors[0].a.dtype, factors[0].a.device), []).append([f.pair() for f in factors])
+        elif kind is DenseFactor:
+            first = factors[0].flat
+            dense.setdefault((first.dtype, first.device), []).append([first, *(f.flat.to(first.dtype) for f in factors[1:])])
         else:
-            layers.setdefault((sides[0][0].dtype, sides[0][0].device), []).append(sides)
-    return parts + [ops.gram_layers(*zip(*group)) for group in layers.values()]
+            parts.append(mine.gram(other))
+    parts += [ops.gram_layers(*zip(*group)) for group in layers.values()]
+    return parts + [_gram_of_columns(group) for group in dense.values()]
+
+
+def _gram_of_columns(group: list[list[Tensor]]) -> Tensor:
+    """Σ left @ rightᵀ of (n, d) and (m, d); one side: the symmetric form."""
+    out, some = None, []
+    for k, flat in enumerate(group):
+        some.append(flat)
+        if k + 1 == len(group) or sum(x[0].shape[1] for x in some) >= _COLUMNS:
+            sides = [x[0] if len(x) == 1 else torch.cat(x, 1) for x in zip(*some)]
+            left, right = sides[0], sides[-1].mT
+            out, some = left @ right if out is None else out.addmm_(left, right), []
+    return out
 
 
 def bytes_held(uses: list[Use]) -> int:

@@ -166,23 +166,26 @@ class DenseFactor:
     def merge(self, other):
         return DenseFactor(self.v + other.v) if isinstance(other, DenseFactor) else None
 
-    def _flat(self) -> Tensor:
-        return self.v.flatten(1) if self.v.dim() > 1 else self.v.unsqueeze(1)
+    @property
+    def flat(self) -> Tensor:
+        """(n, d) in the dtype of sums."""
+        x = self.v.flatten(1) if self.v.dim() > 1 else self.v.unsqueeze(1)
+        return x.to(per_sample.accumulate_dtype(self.v))
 
     def gram(self, other=None) -> Tensor:
         # an outer product with ones: the rows route of gram with d_out = 1 would do the same work twice
-        left = self._flat().to(per_sample.accumulate_dtype(self.v))
-        return left @ (left if other is None else other._flat().to(left.dtype)).mT
+        left = self.flat
+        return left @ (left if other is None else other.flat.to(left.dtype)).mT
 
     def sqnorm(self) -> Tensor:
-        return self._flat().to(per_sample.accumulate_dtype(self.v)).square().sum(1)
+        return self.flat.square().sum(1)
 
     def project(self, basis: Tensor) -> Tensor:
-        flat = self._flat().to(per_sample.accumulate_dtype(self.v))
+        flat = self.flat
         return flat @ basis.reshape(len(basis), flat.shape[1]).to(flat.dtype).mT
 
     def combine(self, w: Tensor) -> Tensor:
-        flat = self._flat().to(per_sample.accumulate_dtype(self.v, w))
+        flat = self.flat.to(per_sample.accumulate_dtype(self.v, w))
         return (w.to(flat.dtype) @ flat).view(len(w), *self.v.shape[1:])
 
     def per_sample(self, lo: int, hi: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_norm
+from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_loss, rules_norm
 from .errors import CaptureError
 from .remake import expose
 from .sources import changes_in_place, function_name, tensors_in
@@ -21,6 +21,7 @@ RULES = {
     **rules_norm.RULES,
     **rules_elementwise.RULES,
     **rules_attention.RULES,
+    **rules_loss.RULES,
 }
 # lookups decide for themselves: ids that are the same for every sample still meet the batch
 _MEETS_BATCH = (F.embedding,)

@@ -81,11 +81,8 @@ class Places:
         if target is not None:  # by its sizes only where it is alone: it may be a part of what is being put together
             mine = self.get(target) if placed else self.of(target)
             placed = placed if mine is None else [(target, mine), *placed]
-        if len(placed) == 1 and type(out) is Tensor and name in ELEMENTWISE:  # most calls
-            place = placed[0][1]
-            if type(place) is Place and not place.soft and len(out.shape) > place.axis and not name.endswith("_"):
-                if out.shape[place.axis] == place.size(self.tape.n):
-                    return self.put(out, place)
+        if len(placed) == 1 and type(out) is Tensor and self._stays(name, args, *placed[0], out):  # most calls
+            return self.put(out, placed[0][1])
         if any(not isinstance(p, Place) or not p.soft for _, p in placed):
             placed = [(x, p) for x, p in placed if not isinstance(p, Place) or not p.soft]
         if not placed:
@@ -111,6 +108,18 @@ class Places:
             alone = len(placed) == 1 and placed[0][0] is y and (name[:-1] in ELEMENTWISE or follower(name) is _broadcast)
             if in_place and not alone and (before != place or isinstance(place, Lost)):
                 self._rewritten(y, place, name)
+
+    def _stays(self, name: str, args: tuple, x: Tensor, place, out: Tensor) -> bool:
+        """The common case, told quickly: every sample stays where it was."""
+        if type(place) is not Place or place.soft or name.endswith("_"):
+            return False
+        if name in ("linear", "layer_norm"):
+            own = 1 if name == "linear" else len(args[1]) if len(args) > 1 else x.dim()  # the last dimensions are no batch
+            if not args or x is not args[0] or place.axis >= x.dim() - own:
+                return False
+        elif name not in ELEMENTWISE:
+            return False
+        return len(out.shape) > place.axis and out.shape[place.axis] == place.size(self.tape.n)
 
     def _rewritten(self, y: Tensor, place, name: str) -> None:
         """y was written to, and its samples are elsewhere now: so are those of the tensors that share its memory."""

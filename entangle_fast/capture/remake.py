@@ -23,6 +23,7 @@ _MAKERS = {
     "MulBackward0": lambda node: node._saved_self * node._saved_other,
 }
 _OURS: dict[type, Callable] = {}  # the same of this library's own autograd Functions
+_SMALL = 1 << 18  # bytes: what a call costs is more than what they take
 _SAVED = ("_saved_self", "_saved_other")
 _KEY = "entangle_fast.remake"
 
@@ -73,7 +74,7 @@ def remaker(tape, x: Tensor) -> Remake | None:
     """
     node, name = x.grad_fn, type(x.grad_fn).__name__
     make = _MAKERS.get(name) or _OURS.get(getattr(node, "_forward_cls", None))
-    if make is None or x._version or tape.recomputes or tape.exposed:
+    if make is None or x.nbytes <= _SMALL or x._version or tape.recomputes or tape.exposed:
         return None
     if name == "MulBackward0" and (node._saved_self is None or node._saved_other is None):
         return None  # one side needs no gradient: the other was not saved

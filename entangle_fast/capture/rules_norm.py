@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,8 @@ class _LayerNorm(torch.autograd.Function):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         if ctx.weight_use:
             parts = [ctx.layout.leading(z) for z in (g, x, mean, rstd)]
-            found = [_over_positions((x - m).mul_(r).mul_(g), len(ctx.shape)) for g, x, m, r in _some_samples(*parts)]
-            ctx.weight_use.record(DenseFactor(torch.cat(found)))
+            found = (_over_positions((x - m).mul_(r).mul_(g), len(ctx.shape)) for g, x, m, r in _some_samples(*parts))
+            ctx.weight_use.record(DenseFactor(_joined(found)))
         if ctx.bias_use:
             _record(ctx.bias_use, ctx.layout, g, len(ctx.shape))
         dx = None
@@ -73,8 +73,13 @@ def _over_positions(rows: Tensor, dims: int) -> Tensor:
 def _some_samples(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same samples of each, as many as fit a CPU's cache: what is computed from them never goes to fresh memory."""
     each = rows[0][:1].numel() * rows[0].element_size()
-    step = max(1, _CACHE // max(1, each)) if rows[0].device.type == "cpu" else max(1, len(rows[0]))
-    return zip(*(x.split(step) for x in rows))
+    step = max(1, _CACHE // max(1, each)) if rows[0].device.type == "cpu" else len(rows[0])
+    return zip(*(x.split(step) for x in rows)) if step < len(rows[0]) else iter((rows,))
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    first, *rest = parts
+    return torch.cat([first, *rest]) if rest else first
 
 
 def _layer_norm(tape, func, args, kwargs):
@@ -129,7 +134,7 @@ class _ChannelNorm(torch.autograd.Function):
         if ctx.weight_use or ctx.bias_use:
             total = g.reshape(n, channels, -1).sum(2)
             if ctx.weight_use:
-                moment = torch.cat([(a * b).reshape(len(a), channels, -1).sum(2) for a, b in _some_samples(g, x)])
+                moment = _joined((a * b).reshape(len(a), channels, -1).sum(2) for a, b in _some_samples(g, x))
                 mean, rstd = ctx.statistics.per_channel(x, saved)
                 _record(ctx.weight_use, ctx.layout, (moment - mean * total) * rstd, 1)
             if ctx.bias_use:

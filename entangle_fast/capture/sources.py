@@ -24,9 +24,12 @@ def tensors_in(*trees) -> list[Tensor]:
             found.append(tree)
         elif isinstance(tree, (tuple, list)):
             found += tensors_in(*tree)
-        elif isinstance(tree, Mapping):
+        elif tree is not None and not isinstance(tree, _SCALARS) and isinstance(tree, Mapping):  # asking an ABC takes long
             found += tensors_in(*tree.values())
     return found
+
+
+_SCALARS = (int, float, str, torch.dtype, torch.device)
 
 
 def function_name(func) -> str:

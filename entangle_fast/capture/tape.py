@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .contract import Component, Contraction, components, grams
 from .errors import CaptureError
@@ -15,10 +15,8 @@ from .layout import Layout
 from .mode import CaptureMode
 from .place import Lost, Place
 from .places import Places
-from .rules_norm import refuse_batch_statistics
-from .sources import Source, Sources, tensors_in
-
-STREAMABLE = ("gram", "sqnorms", "combine")
+from .sources import Source, Sources
+from .stream import STREAMABLE, Stream
 
 
 class _Use:
@@ -33,7 +31,8 @@ class _Use:
         if not self.tape.running:
             return self.tape.refuse_other_backward(self.source)
         for name, x in vars(factor).items():
-            if isinstance(x, Tensor):  # an activation's graph leads back to this tape: a cycle that holds all factors
+            # the graph of an activation, or of what a view looks into, leads back to this tape: a cycle that holds all factors
+            if isinstance(x, Tensor) and (x.requires_grad or x._is_view()):
                 setattr(factor, name, x.detach())
         self.tape._record(self, factor)
 
@@ -68,7 +67,7 @@ class Tape:
         self.asked = self.again = False  # torch.autograd.grad, called by the model; with create_graph=True
         self._pending: dict[int, int] = {}  # uses of each parameter whose factor has not arrived
         self._uses: list[tuple[Source, Factor]] = []
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._done = self._finished = False  # the backward: begun; all factors are there
 
     # ---- what rules ask ----
@@ -211,7 +210,7 @@ class Tape:
             raise ValueError("weights: give them with stream=('combine',), and only then")
         if stream:
             rows = None if weights is None else self._rows(weights)
-            self._stream = _Stream(stream, self.n, rows, weights is not None and weights.dim() == 1, losses.detach())
+            self._stream = Stream(stream, self.n, rows, weights is not None and weights.dim() == 1, losses.detach())
         self._done = True
         self._run(losses)
         if self._stream is not None:
@@ -238,6 +237,8 @@ class Tape:
     def _check_losses(self, losses: Tensor) -> None:
         if self._done:
             raise CaptureError("backward: this tape has had its backward; capture a new forward with ef.capture(model)")
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses: got {type(losses).__name__}; needs a tensor (n,), one loss per sample")
         if losses.dim() != 1:
             got = "an already reduced loss" if losses.dim() == 0 else f"shape {tuple(losses.shape)}"
             raise ValueError(f"losses: got {got}; needs one loss per sample, (n,): use reduction='none'")
@@ -247,7 +248,9 @@ class Tape:
             raise CaptureError(
                 "losses: they depend on no trainable parameter seen inside the `with`; compute them there, not under no_grad"
             )
-        if self.n is None or len(losses) != self.n:
+        if self.n is None:
+            raise CaptureError("losses: no parameter met a batch inside this `with`; run the model's forward there")
+        if len(losses) != self.n:
             raise ValueError(
                 f"losses: {len(losses)} of them for a batch of {self.n}; need one per sample; if the batch was guessed "
                 "wrong, say ef.capture(model, batch_size=…), or batch_dim=1 where positions stand before samples"
@@ -312,6 +315,8 @@ class Tape:
         """K_ij = <g_i, g_j>, (n, n); with another tape of the same model <g_i, g'_j>, (n, m). Summed over all parameters."""
         if self._streamed("gram") and other is None:
             return self._stream.results["gram"]
+        if not isinstance(other, Tape | None):
+            raise TypeError(f"other: got {type(other).__name__}; needs a tape of the same model")
         mine = self._contractions()
         if other is None:
             return self._total(grams((c, None) for c in mine), (self.n, self.n))
@@ -334,8 +339,10 @@ class Tape:
 
     def project(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
         """<g_i, D_k>: directions are k lists of tensors shaped like ``params`` → (n, k)."""
+        if not len(directions):
+            raise ValueError("directions: got none; needs at least one list of tensors shaped like tape.params")
         for k, d in enumerate(directions):
-            if [x.shape for x in d] != [p.shape for p in self.params]:
+            if [getattr(x, "shape", None) for x in d] != [p.shape for p in self.params]:
                 raise ValueError(f"directions[{k}]: needs {len(self.params)} tensors shaped like tape.params, in that order")
         maps = [dict(enumerate(d)) for d in directions]
         return self._total([c.project(maps) for c in self._contractions()], (self.n, len(directions)))
@@ -365,6 +372,8 @@ class Tape:
                 for i, (name, p) in enumerate(shapes)}  # fmt: skip
 
     def _rows(self, w: Tensor) -> Tensor:
+        if not isinstance(w, Tensor):
+            raise TypeError(f"w: got {type(w).__name__}; needs a tensor ({self.n},) or (m, {self.n}), one weight per sample")
         if w.dim() not in (1, 2) or w.shape[-1] != self.n:
             raise ValueError(f"w: shape {tuple(w.shape)}; needs ({self.n},) or (m, {self.n}), one weight per sample")
         return w.detach().unsqueeze(0) if w.dim() == 1 else w.detach()
@@ -376,169 +385,3 @@ class Tape:
 
     def _streamed(self, what: str) -> bool:
         return self._finished and self._stream is not None and what in self._stream.results
-
-
-class _Stream:
-    """Contracts each parameter as soon as its last use has arrived, and lets its factors go."""
-
-    def __init__(self, what: Sequence[str], n: int, rows: Tensor | None, single: bool, like: Tensor):
-        self.what, self.n, self.rows, self.single, self.like = tuple(what), n, rows, single, like
-        self.results: dict = {name: None if name != "combine" else {} for name in what}
-
-    def arrived(self, tape: Tape, source: Source) -> None:
-        if any(tape._pending[i] for i in source.params):
-            return
-        reach, before = set(source.params), 0
-        while len(reach) > before:  # all parameters joined to these through other sources
-            before = len(reach)
-            reach = reach.union(*(s.params for s, _ in tape._uses if reach & set(s.params)))
-        ready = [u for u in tape._uses if reach & set(u[0].params)]
-        if any(tape._pending[i] for i in reach):
-            return
-        tape._uses = [u for u in tape._uses if not set(u[0].params) & reach]
-        self._contract(tape, ready)
-
-    def finish(self, tape: Tape) -> None:
-        """What is left: parameters with a use that the losses do not depend on."""
-        left, tape._uses = tape._uses, []
-        self._contract(tape, left)
-        for name, shape in (("gram", (self.n, self.n)), ("sqnorms", (self.n,))):
-            if name in self.results and self.results[name] is None:
-                self.results[name] = self.like.new_zeros(shape)
-
-    def _contract(self, tape: Tape, uses) -> None:
-        for component in components(uses):
-            c = Contraction(component, tape.params, self.n)
-            if "gram" in self.what:
-                self._add("gram", c.gram())
-            if "sqnorms" in self.what:
-                self._add("sqnorms", c.sqnorm())
-            if "combine" in self.what:
-                self.results["combine"].update(c.combine(self.rows))
-
-    def _add(self, name: str, part: Tensor) -> None:
-        self.results[name] = part if self.results[name] is None else self.results[name].add_(part)
-
-    def combined(self, tape: Tape) -> list:
-        return tape._listed(self.results["combine"], len(self.rows), self.single)
-
-
-@contextlib.contextmanager
-def capture(
-    model: nn.Module | Mapping[str, Tensor], *, batch_size: int | None = None, batch_dim: int | None = None,
-    strict: bool = True,
-) -> Iterator[Tape]:  # fmt: skip
-    """Watch the trainable parameters of a model while it runs; the model is neither wrapped nor changed.
-
-    Args:
-        model: a module, or a mapping of names to parameters for functional code.
-        batch_size: number of samples; by default taken from the model's first tensor argument.
-        batch_dim: the dimension of the model's inputs that counts samples: 0, or 1 where positions stand before samples.
-            By default 1 for torch's own transformer layers with batch_first=False, 0 otherwise. From there on the
-            samples are followed through every operation.
-        strict: a trainable parameter in a function without a rule is an error that names it; with strict=False it
-            goes through torch.func.vmap on a copy per sample (slower, more memory). An activation in a function that is not
-            known to keep the samples apart, such as another library's, is an error too; with strict=False it is taken to.
-
-    Yields: a Tape.
-
-    Raises: CaptureError (no trainable parameter, BatchNorm in train mode, an unknown function, …).
-
-    >>> import torch, entangle_fast as ef
-    >>> model = torch.nn.Linear(3, 2)
-    >>> with ef.capture(model) as tape:
-    ...     tape.backward(model(torch.randn(5, 3)).square().sum(1))
-    >>> tape.gram().shape
-    torch.Size([5, 5])
-    """
-    is_module = isinstance(model, nn.Module)
-    named, seen = {}, set()
-    for name, p in model.named_parameters() if is_module else model.items():
-        if p.requires_grad and id(p) not in seen:  # a mapping may name one tensor twice
-            seen.add(id(p))
-            named[name] = p
-    if not named:
-        raise CaptureError("model: no trainable parameter; set requires_grad_(True) on those that shall be captured")
-    if hooked := [name for name, p in named.items() if p._backward_hooks]:
-        raise CaptureError(
-            f"parameter {hooked[0]!r}: a hook on its gradient (register_hook) would not run: no weight gradient is formed; remove the "
-            "hook, or freeze it with requires_grad_(False)"
-        )
-    if seen & _CAPTURED:
-        raise CaptureError("model: its parameters are being captured already; leave that `with` before another begins")
-    if batch_dim is None and is_module and _positions_first(model):
-        batch_dim = 1
-    tape = Tape(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict)
-    hook = model.register_forward_pre_hook(_count_samples(tape), with_kwargs=True) if is_module else None
-    _CAPTURED.update(seen)
-    tape.active = True
-    try:
-        with tape.mode:
-            yield tape
-    finally:
-        tape.active = False
-        _CAPTURED.difference_update(seen)
-        if hook is not None:
-            hook.remove()
-
-
-_CAPTURED: set[int] = set()  # ids of parameters inside a `with`: two tapes on one parameter would each miss the other's
-
-
-def _positions_first(model: nn.Module) -> bool:
-    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder,
-             nn.TransformerDecoder, nn.Transformer)  # fmt: skip
-    return isinstance(model, kinds) and not next(
-        m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention))  # fmt: skip
-
-
-def _count_samples(tape: Tape) -> Callable:
-    """A forward pre-hook that notes the batch: its size, and the tensors that carry it."""
-
-    def look(module, args, kwargs):
-        for m in module.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.training:
-                refuse_batch_statistics(None, training=True)  # before it counts this batch in its buffers
-        for x in tensors_in(args, kwargs):
-            if x.dim() == 0 or x in tape.sources or tape.places.get(x) is not None:
-                continue
-            axis = min(tape.batch_dim or 0, x.dim() - 1)
-            if tape.n is None:
-                tape.n = x.shape[axis]
-            place = tape.places.guess(x) or (Place(axis) if x.shape[axis] == tape.n else None)
-            if place is None and tape.n in x.shape[:2]:
-                place = Place(x.shape.index(tape.n))
-            if place is not None:
-                tape.places.put(x, place)
-                tape.places.called = True
-
-    return look
-
-
-def check_capture(model: nn.Module, losses: Callable[[], Tensor], *, rtol: float = 1e-3, **options) -> float:
-    """Does the tape of this model agree with autograd? One captured and one ordinary backward with random weights.
-
-    Args:
-        model: as for capture.  losses: computes the per-sample losses (n,) of one batch, called twice.
-        rtol: largest accepted relative error.  options: of capture.
-
-    Returns: the relative error.  Raises: CaptureError if it is larger than rtol.
-    """
-    if not callable(losses):
-        raise TypeError(f"losses: got {type(losses).__name__}; needs a function that computes them: lambda: loss(model(x), y)")
-    with capture(model, **options) as tape:
-        values = losses()
-        tape.backward(values)
-    tape.sqnorms()  # the contraction that combine does not take
-    w = torch.randn(len(values), generator=torch.Generator().manual_seed(0)).to(values)
-    mine = tape.combine(w)
-    theirs = torch.autograd.grad((w * losses()).sum(), tape.params, allow_unused=True)
-    gap = sum((a - b).double().square().sum() for a, b in zip(mine, theirs) if b is not None)
-    size = sum(b.double().square().sum() for b in theirs if b is not None)
-    error = float((gap / size.clamp(min=1e-300)).detach().sqrt())
-    if not error <= rtol:
-        raise CaptureError(
-            f"capture disagrees with autograd: relative error {error:.2e} > {rtol:.0e}; does the model mix samples, draw "
-            "random numbers (dropout in train mode), or fold positions before samples? then say batch_dim=… or freeze it"
-        )
-    return error

@@ -196,3 +196,40 @@ def test_reentrant_checkpoint():
 def test_unbatched_input():
     with pytest.raises((ef.CaptureError, ValueError)):
         run(nn.Linear(4, 4).double(), loss=lambda y: y.square())
+
+
+@pytest.mark.parametrize("model", [[1], 3.0, None, {"w": [1.0]}, nn.Parameter(torch.ones(2))])
+def test_a_model_of_another_kind(model):
+    with pytest.raises(TypeError, match=r"model: .* needs a torch\.nn\.Module"), ef.capture(model):
+        pass
+
+
+def test_a_forward_outside_the_with():
+    model = nn.Linear(3, 2)
+    losses = model(torch.randn(4, 3)).square().sum(1)
+    with ef.capture(model) as tape, pytest.raises(ef.CaptureError, match="run the model.s forward there"):
+        tape.backward(losses)
+
+
+@pytest.mark.parametrize(
+    "ask, error, message",
+    [
+        (lambda t: t.combine([1.0] * 4), TypeError, "w: got list"),
+        (lambda t: t.combine(2.0), TypeError, "w: got float"),
+        (lambda t: t.gram([1]), TypeError, "other: got list"),
+        (lambda t: t.project([]), ValueError, "directions: got none"),
+        (lambda t: t.project([[1.0, 2.0]]), ValueError, r"directions\[0\]"),
+    ],
+)
+def test_questions_of_another_kind(ask, error, message):
+    model = nn.Linear(3, 2)
+    with ef.capture(model) as tape:
+        tape.backward(model(torch.randn(4, 3)).square().sum(1))
+    with pytest.raises(error, match=message):
+        ask(tape)
+
+
+def test_losses_of_another_kind():
+    model = nn.Linear(3, 2)
+    with ef.capture(model) as tape, pytest.raises(TypeError, match="losses: got list"):
+        tape.backward(list(model(torch.randn(4, 3)).square().sum(1)))

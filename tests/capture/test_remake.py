@@ -63,6 +63,15 @@ def test_it_is_kept_where_nothing_can_make_it_again(monkeypatch):
         assert ref() is not None
 
 
+def test_a_small_one_is_kept(monkeypatch):
+    x = torch.randn(N, 3, D, dtype=torch.float64)
+    monkeypatch.setattr(remake, "_SMALL", x.nbytes)
+    w = weights()
+    with ef.capture(w, batch_size=N):
+        losses, ref = run(w, F.gelu, x)
+        assert ref() is not None
+
+
 def test_layers_that_share_an_input_share_what_is_made_again():
     w = weights()
     with ef.capture(w, batch_size=N) as tape:

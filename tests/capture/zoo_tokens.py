@@ -8,6 +8,8 @@ from oracle import Case
 from torch import nn
 from zoo_parts import ZOO, Via, lively, simple, squares, tokens, weight, zoo
 
+import entangle_fast as ef
+
 
 class RMSNorm(nn.Module):
     """As in HF's Llama: upcast, normalise, cast back, times the weight."""
@@ -316,3 +318,26 @@ def one_id_per_sample():
 def mixed_dimensions():  # a parameter in front of the batch, and batch scalars
     return simple(Via(lambda s, x: (s.basis.view(3, 1, 4) * x).sum(0) + x.sum(1)[:, None] * s.v + (x[:, 0] * s.c)[:, None],
                       basis=weight(3, 4), v=weight(4), c=weight(1)), 4, n=5, m=2)  # fmt: skip
+
+
+def fused_loss(tie: bool, bias: bool, frozen: bool = False, **options):
+    """A language model whose last layer and loss are one call, in chunks of the vocabulary's logits."""
+    table, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=bias)
+    if tie:
+        head.weight = table.weight
+    head.weight.requires_grad_(not frozen)
+    net = Via(lambda s, ids: torch.tanh(s.middle(s.table(ids))), table=table, middle=nn.Linear(6, 6), head=head)
+
+    def losses(net, b):
+        h, target = net(b["ids"][:, :-1]), b["ids"][:, 1:]
+        return ef.ops.linear_sample_loss(h, net.head.weight, target, net.head.bias, **options)
+
+    return Case(lively(net), lambda n: {"ids": torch.randint(0, 11, (n, 5))}, losses)
+
+
+ZOO |= {
+    "fused_loss": lambda: fused_loss(False, True),
+    "fused_loss_tied": lambda: fused_loss(True, False, label_smoothing=0.1, ignore_index=3),
+    "fused_loss_clipped": lambda: fused_loss(False, True, clip=9.7, penalty=0.3, reduction="sum"),
+    "fused_loss_frozen_weight": lambda: fused_loss(False, True, frozen=True),
+}
