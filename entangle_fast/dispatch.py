@@ -245,7 +245,7 @@ def _choose(op: str, args) -> Explanation:
 def call(op: str, *args):
     """Run operation ``op`` (schema arguments, positional) on the backend that serves it."""
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.entangle_fast, op)(*args)
+        return registered(op)(*args)
     found = _choose(op, args)
     if _explaining:
         raise _Explained(found)
@@ -254,7 +254,12 @@ def call(op: str, *args):
     # torch differentiates the reference itself, but would keep all the logits that linear_sample_loss makes a few at a time
     if found.backend == "reference" and op != "linear_sample_loss":
         return getattr(reference, op)(*args)
-    return getattr(torch.ops.entangle_fast, op)(*args)
+    return registered(op)(*args)
+
+
+def registered(op: str):
+    """The operation as torch knows it."""
+    return getattr(torch.ops.entangle_fast, op)
 
 
 def explain(fn: Callable, *args, **kwargs) -> Explanation:

@@ -1,14 +1,16 @@
 """The fused last layer, linear_sample_loss, with a captured weight."""
 
-import torch
-
+from .. import ops
+from ..ops.sample_loss import LINEAR_SAMPLE_LOSS
 from .rules_linear import linear_with
 
 
 def _linear_sample_loss(tape, func, args, kwargs):
     """The weight's factors are the gradients of all logits: so the logits are formed, and nothing is saved by chunks."""
-    h, weight, bias, target, *options = args
-    return torch.ops.entangle_fast.sample_loss(linear_with(tape, h, weight, bias), target, *options)
+    h, weight, bias, target, clip, penalty, ignore_index, label_smoothing, reduction = args
+    logits = linear_with(tape, h, weight, bias)
+    options = dict(clip=clip, penalty=penalty, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    return (ops.sample_loss(logits, target, **options),)
 
 
-RULES = {torch.ops.entangle_fast.linear_sample_loss: _linear_sample_loss}
+RULES = {LINEAR_SAMPLE_LOSS: _linear_sample_loss}

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..dispatch import call
+from ..dispatch import call, registered
 from . import check
+
+LINEAR_SAMPLE_LOSS = registered("linear_sample_loss")  # what a torch function mode sees of a call
 
 
 def _validate(rows: tuple[int, ...], target: Tensor, clip, penalty, label_smoothing, reduction, name: str) -> None:
