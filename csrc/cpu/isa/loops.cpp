@@ -26,48 +26,85 @@ inline double exp_below(double x) { return __builtin_exp(x); }
 
 // ---- step: Gram, look-ahead -------------------------------------------------------------------------------------
 
-template <class T, int K> void dots_of(const T* const* x, int64_t count, double* out) {
-  constexpr int L = 16;
-  double s[K * (K + 1) / 2][L] = {};
+using Doubles = Vec<double>::reg;
+constexpr int D = Vec<double>::lanes;
+
+inline Doubles doubles(const double* x) { return load<double>(x); }
+// GCC's convertvector converts halves and joins them
+#if defined(__AVX512F__)
+inline Doubles doubles(const float* x) { return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(x)); }
+inline Doubles doubles(const uint16_t* x) {
+  const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16);
+  return (Doubles)_mm512_cvtps_pd(_mm256_castsi256_ps(bits));
+}
+#elif defined(__AVX2__)
+inline Doubles doubles(const float* x) { return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(x)); }
+inline Doubles doubles(const uint16_t* x) {
+  const __m128i bits = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)x)), 16);
+  return (Doubles)_mm256_cvtps_pd(_mm_castsi128_ps(bits));
+}
+#else
+inline Doubles doubles(const float* x) {
+  typedef float part __attribute__((vector_size(D * 4), aligned(4), may_alias));
+  return __builtin_convertvector(*(const part*)x, Doubles);
+}
+inline Doubles doubles(const uint16_t* x) {
+  typedef uint16_t part __attribute__((vector_size(D * 2), aligned(2), may_alias));
+  typedef uint32_t bits __attribute__((vector_size(D * 4)));
+  typedef float floats __attribute__((vector_size(D * 4)));
+  return __builtin_convertvector((floats)(__builtin_convertvector(*(const part*)x, bits) << 16), Doubles);
+}
+#endif
+
+// out[i * ld + j] += <x_i, y_j>; Same: y is x, j <= i.
+// Limit: in cache, a conversion for each element and an FMA for each pair.
+template <class T, int I, int J, bool Same> void dots_of(const T* const* x, const T* const* y, int64_t count, double* out, int64_t ld) {
+  constexpr int sums = Same ? I * (I + 1) / 2 : I * J, U = sums < 3 ? 4 : sums < 6 ? 2 : 1;  // enough sums that none waits
+  Doubles s[I][J][U] = {};
   int64_t e = 0;
-  for (; e + L <= count; e += L) {
-    int q = 0;
+  for (; e + D * U <= count; e += D * U) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      Doubles right[J];
 #pragma GCC unroll 4
-    for (int i = 0; i < K; ++i)
+      for (int j = 0; j < J; ++j) right[j] = doubles(y[j] + e + u * D);
 #pragma GCC unroll 4
-      for (int j = 0; j <= i; ++j, ++q)
-        for (int l = 0; l < L; ++l) s[q][l] += (double)widen(x[i][e + l]) * (double)widen(x[j][e + l]);
+      for (int i = 0; i < I; ++i) {
+        const Doubles left = Same ? right[i] : doubles(x[i] + e + u * D);
+#pragma GCC unroll 4
+        for (int j = 0; j < (Same ? i + 1 : J); ++j) s[i][j][u] += left * right[j];
+      }
+    }
   }
-  int q = 0;
-  for (int i = 0; i < K; ++i)
-    for (int j = 0; j <= i; ++j, ++q) {
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < (Same ? i + 1 : J); ++j) {
       double sum = 0;
-      for (int64_t r = e; r < count; ++r) sum += (double)widen(x[i][r]) * (double)widen(x[j][r]);
-      for (int l = 0; l < L; ++l) sum += s[q][l];
-      out[i * K + j] += sum;
+      for (int64_t r = e; r < count; ++r) sum += (double)widen(x[i][r]) * (double)widen(y[j][r]);
+      for (int u = 0; u < U; ++u)
+        for (int l = 0; l < D; ++l) sum += s[i][j][u][l];
+      out[i * ld + j] += sum;
     }
 }
 
-template <class T> double dot(const T* x, const T* y, int64_t count) {
-  constexpr int L = 16;
-  double s[L] = {}, sum = 0;
-  int64_t e = 0;
-  for (; e + L <= count; e += L)
-    for (int l = 0; l < L; ++l) s[l] += (double)widen(x[e + l]) * (double)widen(y[e + l]);
-  for (; e < count; ++e) sum += (double)widen(x[e]) * (double)widen(y[e]);
-  for (int l = 0; l < L; ++l) sum += s[l];
-  return sum;
-}
+template <class T> using Dots = void (*)(const T* const*, const T* const*, int64_t, double*, int64_t);
 
 template <class T> void dots(const T* const* x, int64_t k, int64_t count, double* out) {
-  if (k == 1) return dots_of<T, 1>(x, count, out);
-  if (k == 2) return dots_of<T, 2>(x, count, out);
-  if (k == 3) return dots_of<T, 3>(x, count, out);
-  if (k == 4) return dots_of<T, 4>(x, count, out);  // two directions, momentum, gradient
-  constexpr int64_t B = 2048;  // a stretch of every direction stays in L2
-  for (int64_t at = 0; at < count; at += B)
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t j = 0; j <= i; ++j) out[i * k + j] += dot<T>(x[i] + at, x[j] + at, count - at < B ? count - at : B);
+  constexpr Dots<T> same[] = {dots_of<T, 1, 1, true>, dots_of<T, 2, 2, true>, dots_of<T, 3, 3, true>, dots_of<T, 4, 4, true>};
+  constexpr Dots<T> others[] = {dots_of<T, 1, 4, false>, dots_of<T, 2, 4, false>, dots_of<T, 3, 4, false>, dots_of<T, 4, 4, false>};
+  const int64_t stretch = k > 4 ? 2048 : count;  // of every vector, in L2
+  const T *left[4], *right[4];
+  for (int64_t at = 0; at < count; at += stretch) {
+    const int64_t length = count - at < stretch ? count - at : stretch;
+    for (int64_t i = 0; i < k; i += 4) {  // vectors in fours, the last may be fewer
+      const int64_t many = k - i < 4 ? k - i : 4;
+      for (int64_t g = 0; g < many; ++g) left[g] = x[i + g] + at;
+      for (int64_t j = 0; j < i; j += 4) {
+        for (int64_t g = 0; g < 4; ++g) right[g] = x[j + g] + at;
+        others[many - 1](left, right, length, out + i * k + j, k);
+      }
+      same[many - 1](left, left, length, out + i * k + i, k);
+    }
+  }
 }
 
 template <class T> struct Bits;
