@@ -125,7 +125,10 @@ def _kernel_module(op: str) -> str:
 def _tensors(args) -> list[torch.Tensor]:
     flat = []
     for a in args:
-        flat += [a] if isinstance(a, torch.Tensor) else _tensors(a) if isinstance(a, (list, tuple)) else []
+        if isinstance(a, torch.Tensor):
+            flat.append(a)
+        elif isinstance(a, (list, tuple)):
+            flat += _tensors(a)
     return flat
 
 
@@ -136,11 +139,11 @@ def _refuse_cpp(op: str, args) -> str | None:
         return "no C++ kernel for this operation"
     if op in UNBUILT:
         return "the compiled library is older than its kernel; build it again with `pip install --no-build-isolation -e .`"
-    for x in _tensors(args):
-        if x.device.type != "cpu":
-            return f"its kernels run on the CPU, a tensor is on {x.device}"
-        if x.is_floating_point() and x.dtype not in CPP[op]:
-            return f"dtype {x.dtype} is not one of {', '.join(map(str, CPP[op]))}"
+    tensors = _tensors(args)
+    if away := [x for x in tensors if not x.is_cpu]:
+        return f"its kernels run on the CPU, a tensor is on {away[0].device}"
+    if other := [d for d in {x.dtype for x in tensors} if d.is_floating_point and d not in CPP[op]]:
+        return f"dtype {other[0]} is not one of {', '.join(map(str, CPP[op]))}"
     return None
 
 
@@ -165,9 +168,9 @@ def _refuse_cuda(op: str, args) -> str | None:
     if not hasattr(getattr(torch.ops, f"{NAMESPACE}_cuda"), op):  # a library built without them does not know the name
         return "built without CUDA: no nvcc then, or ENTANGLE_FAST_CUDA=0"
     for x in _tensors(args):
-        if x.device.type != "cuda":
+        if not x.is_cuda:
             return f"its kernels run on a GPU, a tensor is on {x.device}"
-        if x.is_floating_point() and x.dtype not in CUDA[op] and not (op == "step_lookahead_undo" and x.dtype == torch.float64):
+        if x.dtype not in CUDA[op] and x.dtype.is_floating_point and not (op == "step_lookahead_undo" and x.dtype == torch.float64):
             return f"dtype {x.dtype} is not one of {', '.join(map(str, CUDA[op]))}"
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
@@ -199,7 +202,7 @@ def _cuda_not_default(op: str, args) -> str | None:
 
 
 def _refuse_triton(op: str, args) -> str | None:
-    if away := [x for x in _tensors(args) if x.device.type != "cuda"]:  # HIP devices are called "cuda" too
+    if away := [x for x in _tensors(args) if not x.is_cuda]:  # HIP devices are called "cuda" too
         return f"its kernels run on a GPU, a tensor is on {away[0].device}"
     try:
         module = importlib.import_module(f"{__package__}.kernels.{_kernel_module(op)}")

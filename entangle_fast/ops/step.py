@@ -26,10 +26,13 @@ def _some(name: str, tensors: Sequence, what: str = "tensor") -> None:
 def _like(params: Tensors, name: str, tensors: Tensors) -> None:
     if len(tensors) != len(params):
         raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters; needs one for each")
-    for i, (p, x) in enumerate(zip(params, tensors)):
+    if [p.shape for p in params] == [x.shape for x in tensors] and [p.device for p in params] == [x.device for x in tensors]:
+        if all(dtype.is_floating_point for dtype in {x.dtype for xs in (params, tensors) for x in xs}):
+            return
+    for i, (p, x) in enumerate(zip(params, tensors)):  # which one it is
         if p.shape != x.shape or p.device != x.device:
             raise ValueError(f"{name}[{i}]: {tuple(x.shape)} on {x.device}; needs {tuple(p.shape)} on {p.device}")
-        if not (x.is_floating_point() and p.is_floating_point()):
+        if not (x.dtype.is_floating_point and p.dtype.is_floating_point):
             raise ValueError(f"{name}[{i}]: {x.dtype} for a tensor of {p.dtype}; both need a real floating-point dtype")
 
 
