@@ -1,21 +1,79 @@
-"""What the documents show is run: README's python blocks, and every docstring's examples."""
+"""What the documents show is run or looked up: README's blocks, names and links, and every docstring's examples."""
 
 import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
+
+import entangle_fast as ef
+from entangle_fast import cli, config
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_readme(number, tmp_path, monkeypatch):
+def blocks(language):
+    """(line, text) of the fenced blocks of a language."""
+    for found in re.finditer(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        yield README[: found.start(1)].count("\n") + 1, found[1]
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert set(re.findall(r"^```(\w*)$", README, re.MULTILINE)) == {"", "python", "console", "toml", "text"}
+
+
+def test_readme_python(tmp_path, monkeypatch):
+    """In one namespace: the blocks go on from one another, and say so."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], f"README.md, python block {number + 1}", "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    for line, text in blocks("python"):
+        exec(compile("\n" * (line - 1) + text, "README.md", "exec"), names)
+
+
+def test_readme_toml(tmp_path):
+    for line, text in blocks("toml"):
+        path = tmp_path / f"{line}.toml"
+        path.write_text(text)
+        config.from_toml(path)
+
+
+def test_readme_console():
+    """Commands parse, with the options that are there; make knows its targets. None is run."""
+    command, targets = typer.main.get_command(cli.app), (ROOT / "Makefile").read_text()
+    seen = set()
+    for _, text in blocks("console"):
+        for line in text.splitlines():
+            program, *words = shlex.split(line, comments=True) or [None]
+            seen.add(program)
+            if program == "make":
+                assert re.search(rf"^{words[0]}:", targets, re.MULTILINE), line
+            elif program == "entangle-fast":
+                command.commands[words[0]].make_context(words[0], words[1:])  # raises for what it does not know
+    assert seen == {"make", "pip", "entangle-fast", None}
+
+
+def test_readme_names():
+    """Every ef.… that README writes exists."""
+    names = set(re.findall(r"\bef\.((?:\w+\.)*\w+)", README))
+    assert len(names) > 20
+    for name in names:
+        found = ef
+        for part in name.split("."):
+            assert hasattr(found, part), f"ef.{name}"
+            found = getattr(found, part)
+
+
+def test_readme_links():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    headings = {h.lower().replace(" ", "-").replace(",", "") for h in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
+    for target in re.findall(r"\]\(#([^)]+)\)", README):
+        assert target in headings, target
 
 
 def modules():
