@@ -269,6 +269,11 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
     """Which backend would serve ``fn(*args, **kwargs)``, and why each other would not. Nothing is computed.
 
     fn: a function of entangle_fast.ops. Raises ValueError if the call is itself invalid.
+
+    >>> import torch, entangle_fast as ef
+    >>> found = ef.explain(ef.ops.gram, torch.randn(4, 3), torch.randn(4, 2))
+    >>> found.backend in ("cpp", "reference") and "triton" in found.reasons  # print(found) says why
+    True
     """
     global _explaining
     if not callable(fn):

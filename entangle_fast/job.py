@@ -133,6 +133,13 @@ def unlearn(
         NonFinite: a loss became NaN or infinite; the step was not taken, the model is as it was before it.
         CheckpointError: a run with other settings or other data, or files that cannot be read or written.
         KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.
+
+    >>> import torch, entangle_fast as ef
+    >>> x, y, model = torch.randn(60, 4), torch.arange(60) % 2, torch.nn.Linear(4, 2)
+    >>> result = ef.unlearn(model, forget=(x[:20], y[:20]), adjacent=(x[20:40], y[20:40]), remote=(x[40:], y[40:]),
+    ...                     method=ef.FineTune(epochs=2), progress=False)
+    >>> sorted(result.after)
+    ['adjacent', 'forget', 'per_class', 'remote']
     """
     refuse_used(out, resume, overwrite)
     sets = (forget, adjacent, remote)

@@ -57,6 +57,17 @@ class ProjectedMomentum:
         project: "momentum" (above, the authors'), or "gradient": v ← m v + (g − P_V g).
 
     An Adam-type preconditioner after the projection turns the update partly back into the span: see ProjectedAdamW.
+
+    Without directions this is torch.optim.SGD(params, lr, momentum).
+
+    >>> import torch, entangle_fast as ef
+    >>> p, forget, retain = torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 2.0])
+    >>> optimizer = ef.optim.ProjectedMomentum([p], lr=0.1)
+    >>> facts = optimizer.step([forget], [[retain]])           # along forget, without its part along retain
+    >>> bool((p - torch.tensor([-0.1, 0.0])).abs().max() < 1e-6)
+    True
+    >>> round(float(facts["removed"]), 4)                      # the share of the momentum that lay along retain
+    0.7071
     """
 
     def __init__(
@@ -126,6 +137,14 @@ class ProjectedAdamW:
 
     The count of steps stands on the device: a captured CUDA graph counts on when it is replayed, in the bias corrections
     and in the noise.
+
+    >>> import torch, entangle_fast as ef
+    >>> p, forget, retain = torch.zeros(8), torch.randn(8), torch.randn(8)
+    >>> optimizer = ef.optim.ProjectedAdamW([p], lr=0.1)
+    >>> sorted(optimizer.step([forget], [[retain]]))           # one direction: no cosine of two
+    ['removed']
+    >>> bool((optimizer.exp_avg[0] @ retain).abs() < 1e-5)     # the moments are of the projected gradient, the update is not
+    True
     """
 
     def __init__(
@@ -180,6 +199,9 @@ def decay_noise_step(
     """θ ← (1 − lr·weight_decay) θ − lr g + noise ξ, ξ ~ N(0, 1) from Philox stream (seed, offset + counter): one pass.
 
     counter: 0-d int64 on the device; a captured CUDA graph that adds one to it draws fresh noise in every replay.
+
+    Equivalent to: ``[p * (1 - lr * weight_decay) - lr * g + noise * torch.randn_like(p) for p, g in zip(params, grads)]``, the
+    parameters being written in place and the noise another draw
     """
     params = _some(params)
     none = torch.zeros(0, dtype=torch.float64, device=params[0].device)
@@ -194,6 +216,14 @@ def lookahead(params: Tensors, grads: Tensors, alpha: float) -> Iterator[None]:
 
     One byte a parameter is held, not a copy of the model. grads must not change in between. Autograd counts both as changes:
     a graph that was built before cannot be differentiated afterwards.
+
+    >>> import torch, entangle_fast as ef
+    >>> p = torch.tensor([0.1, 0.2])
+    >>> with ef.optim.lookahead([p], [torch.ones(2)], alpha=0.5):
+    ...     print(p)
+    tensor([-0.4000, -0.3000])
+    >>> p
+    tensor([0.1000, 0.2000])
     """
     with torch.no_grad():
         residue = ops.step_lookahead(params, grads, alpha)

@@ -7,6 +7,8 @@ from ..methods.training import device_of, in_mode
 def predict(model, x, batch_size=1024):
     """Predicted classes (n,) int64, on the CPU, of x (n, ...). The model runs in eval mode and is left as found.
 
+    Equivalent to: ``model(x).argmax(1)``
+
     Raises ValueError when x is empty, FloatingPointError when logits are NaN (an argmax of NaN looks like a class).
     """
     if len(x) == 0:
@@ -23,7 +25,10 @@ def predict(model, x, batch_size=1024):
 
 
 def accuracy(model, x, y, batch_size=1024):
-    """Share of samples predicted right, in %: a float. x (n, ...), y (n,) int64. Raises as `predict`."""
+    """Share of samples predicted right, in %: a float. x (n, ...), y (n,) int64. Raises as `predict`.
+
+    Equivalent to: ``100 * (model(x).argmax(1) == y).double().mean().item()``
+    """
     return 100.0 * (_predict_for(model, x, y, batch_size) == y.cpu()).double().mean().item()
 
 

@@ -17,6 +17,9 @@ def gradient_angle(model, forget, retain, *, loss=sample_cross_entropy, batch_si
     0: what harms the one harms the other; 90: independent to first order. nan where a gradient is zero: no angle is defined.
     The model runs in eval mode and is left as found, .grad too. Raises ValueError for empty sets, a reduced loss or a model
     without trainable parameters; FloatingPointError when a gradient is not finite.
+
+    Equivalent to: ``p, q = (torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))])
+    for x, y in (forget, retain)); torch.rad2deg(torch.acos(F.cosine_similarity(p, q, dim=0))).item()``
     """
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:

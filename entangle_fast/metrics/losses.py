@@ -8,6 +8,8 @@ from ..methods.training import device_of, in_mode
 def sample_losses(model, x, y, batch_size=1024):
     """Cross-entropy of each sample: (n,), at least float32, on the CPU. x (n, ...), y (n,) int64.
 
+    Equivalent to: ``F.cross_entropy(model(x), y, reduction="none")``
+
     The model runs in eval mode without gradients and is left as found.
     Raises ValueError when x is empty or y does not match it.
     """
@@ -28,6 +30,10 @@ def loss_distribution(losses, quantiles=(0.05, 0.25, 0.5, 0.75, 0.95)):
 
     Returns {"mean", "min", "max", "quantiles": {q: value}}; quantiles interpolate linearly, in float64.
     Raises ValueError when losses are empty or hold a NaN, or a quantile is outside [0, 1].
+
+    >>> import torch, entangle_fast as ef
+    >>> ef.metrics.loss_distribution(torch.tensor([0.0, 1.0, 5.0]), quantiles=(0.5,))
+    {'mean': 2.0, 'min': 0.0, 'max': 5.0, 'quantiles': {0.5: 1.0}}
     """
     if losses.dim() != 1 or len(losses) == 0 or torch.isnan(losses).any():
         raise ValueError(f"losses: got shape {tuple(losses.shape)} with {int(torch.isnan(losses).sum())} NaN; "

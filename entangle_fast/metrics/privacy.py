@@ -67,6 +67,12 @@ def membership(
 
     Raises ValueError for sets that are empty, bad labels, unknown attacks or what an attack lacks; ImportError without
     scikit-learn; FloatingPointError when logits are not finite.
+
+    >>> import torch, entangle_fast as ef
+    >>> x, y, model = torch.randn(40, 4), torch.arange(40) % 2, torch.nn.Linear(4, 2)
+    >>> found = ef.metrics.membership(model, (x[:20], y[:20]), (x[20:], y[20:]), attacks=("loss",))
+    >>> sorted(found.auc), found.members, found.nonmembers
+    (['loss'], 20, 20)
     """
     attacks = (attacks,) if isinstance(attacks, str) else tuple(attacks)
     if unknown := [a for a in attacks if a not in ATTACKS]:

@@ -164,6 +164,11 @@ def relearn(
         ValueError: arguments out of range, sets that do not fit the model, an original of other parameters.
         FloatingPointError: a loss is not finite. An attack that diverges says nothing about the model, so it is never
             counted as "not recovered": lower lr.
+
+    >>> import torch, entangle_fast as ef
+    >>> x, y, model = torch.randn(20, 4), torch.arange(20) % 2, torch.nn.Linear(4, 2)
+    >>> ef.metrics.relearn(model, model, (x, y), steps=3, seeds=2, progress=False).delays  # nothing was unlearned
+    tensor([0., 0.], dtype=torch.float64)
     """
     seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     lr = LEARNING_RATES.get(attacker) if lr is None else lr

@@ -17,6 +17,11 @@ def utility(model, sets, *, retrained=None, bins=15, binning="mass", batch_size=
 
     Returns {set: {"accuracy": %, "per_class": {class: %}, "ece": in [0, 1], "brier": in [0, 2]}}, and with `retrained`
     "kl_retrained": nats, "agreement": % of equal predictions. Raises ValueError, FloatingPointError as `outputs.logits`.
+
+    >>> import torch, entangle_fast as ef
+    >>> x, y, model = torch.randn(9, 4), torch.arange(9) % 3, torch.nn.Linear(4, 3)
+    >>> ef.metrics.utility(model, {"forget": (x, y)}, retrained=model)["forget"]["agreement"]
+    100.0
     """
     found = {}
     for name, (x, y), classes in _each(sets):

@@ -27,7 +27,13 @@ def combine(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
 def combine_conv(
     x: Tensor, g: Tensor, w: Tensor, kernel_size, *, stride=1, padding=0, dilation=1, groups: int = 1
 ) -> Tensor:
-    """x (n,C_in,*size), g (n,C_out,*out), w (m,n) → (m, C_out, C_in/groups, *kernel_size)."""
+    """Weighted sums of a convolution's per-sample weight gradients.
+
+    x (n,C_in,*size), g (n,C_out,*out), w (m,n) → (m, C_out, C_in/groups, *kernel_size) =: (m, *shape).
+
+    Equivalent to: ``torch.stack([torch.nn.grad.conv2d_weight(x, shape, v.view(-1, 1, 1, 1) * g, stride, padding, dilation, groups)
+    for v in w])`` for images
+    """
     shape = check.conv_arguments(x, g, kernel_size, stride, padding, dilation, groups)
     _weights(w, x.shape[0])
     check.same_device(x=x, w=w)
@@ -37,7 +43,11 @@ def combine_conv(
 def combine_embedding(
     ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, *, padding_idx: int | None = None
 ) -> Tensor:
-    """ids (n,t), b (n,t,d), w (m,n) → (m, num_embeddings, d)."""
+    """Weighted sums of a lookup table's per-sample gradients.  ids (n,t), b (n,t,d), w (m,n) → (m, num_embeddings, d).
+
+    Equivalent to: ``torch.stack([torch.zeros(num_embeddings, b.shape[2]).index_add(0, ids.flatten(), (v[:, None, None] * b).flatten(0, 1))
+    for v in w])`` without padding_idx
+    """
     check.lookup(ids, b)
     check.in_table(ids, num_embeddings)
     _weights(w, ids.shape[0])

@@ -99,6 +99,9 @@ def gram_conv(
         x2, g2: the other side of a cross-Gram; None for the symmetric one.
         route: "pairs", "tiles" or "auto".
 
+    Equivalent to: ``G = torch.stack([torch.nn.grad.conv2d_weight(x_i, shape, g_i, stride, padding, dilation, groups)
+    for x_i, g_i in zip(x[:, None], g[:, None])]).flatten(1); G @ G.T`` for images, shape (C_out, C_in/groups, *kernel_size)
+
     Raises: ValueError for shapes, devices or dtypes that do not go together.
     """
     shape = check.conv_arguments(x, g, kernel_size, stride, padding, dilation, groups)
@@ -130,6 +133,9 @@ def gram_embedding(
         ids: (n, t) integers.  b: (n, t, d), gradients w.r.t. the looked-up rows.
         ids2, b2: the other side of a cross-Gram; None for the symmetric one.
         padding_idx: the row that carries no gradient, or None.
+
+    Equivalent to: ``same = ids[:, None, :, None] == ids2[None, :, None, :]; torch.einsum("nmts,ntd,msd->nm", same.to(b.dtype), b, b2)``
+    without padding_idx
     """
     check.lookup(ids, b)
     check.both_or_none(ids2=ids2, b2=b2)

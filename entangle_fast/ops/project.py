@@ -22,7 +22,13 @@ def project(a: Tensor, b: Tensor, basis: Tensor) -> Tensor:
 
 
 def project_conv(x: Tensor, g: Tensor, basis: Tensor, *, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor:
-    """x (n,C_in,*size), g (n,C_out,*out), basis (k, C_out, C_in/groups, *kernel_size) → (n, k)."""
+    """A convolution's per-sample weight gradients onto k directions.
+
+    x (n,C_in,*size), g (n,C_out,*out), basis (k, C_out, C_in/groups, *kernel_size) =: (k, *shape) → (n, k).
+
+    Equivalent to: ``G = torch.stack([torch.nn.grad.conv2d_weight(x_i, shape, g_i, stride, padding, dilation, groups)
+    for x_i, g_i in zip(x[:, None], g[:, None])]).flatten(1); G @ basis.flatten(1).T`` for images
+    """
     check.require(basis.dim() == x.dim() + 1, f"basis: shape {tuple(basis.shape)}; needs (k, C_out, C_in/groups, *kernel)")
     _, *shape = check.conv_arguments(x, g, list(basis.shape[3:]), stride, padding, dilation, groups)
     check.require(tuple(basis.shape[1:3]) == (g.shape[1], x.shape[1] // groups),
@@ -33,7 +39,10 @@ def project_conv(x: Tensor, g: Tensor, basis: Tensor, *, stride=1, padding=0, di
 
 
 def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, *, padding_idx: int | None = None) -> Tensor:
-    """ids (n,t), b (n,t,d), basis (k, num_embeddings, d) → (n, k)."""
+    """A lookup table's per-sample gradients onto k directions.  ids (n,t), b (n,t,d), basis (k, num_embeddings, d) → (n, k).
+
+    Equivalent to: ``torch.einsum("ntd,kntd->nk", b, basis[:, ids])`` without padding_idx
+    """
     check.lookup(ids, b)
     check.require(basis.dim() == 3 and basis.shape[2] == b.shape[2],
                   f"basis: shape {tuple(basis.shape)}; needs (k, num_embeddings, {b.shape[2]})")  # fmt: skip
@@ -46,7 +55,19 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, *, padding_idx: int
 def project_random(a: Tensor, b: Tensor, k: int, *, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
     """Per-sample gradients of a linear layer onto k random directions that are generated, not stored, (n, k).
 
-    kind: "sign" (±1) or "gaussian", from Philox stream (seed, offset): the same numbers on every backend.
+    Args:
+        a: (n, d_in) or (n, t, d_in).  b: (n, d_out) or (n, t, d_out), as in gram.  k: number of directions.
+        kind: "sign" (±1) or "gaussian", from Philox stream (seed, offset): the same numbers on every backend. One stream a layer:
+            the sums over layers are then the projections of the whole gradients.
+
+    Divided by √k, dot products of the rows estimate those of the gradients (Johnson & Lindenstrauss).
+
+    >>> import torch, entangle_fast as ef
+    >>> a, b = torch.randn(6, 20), torch.randn(6, 10)
+    >>> sketch = ef.ops.project_random(a, b, 4096, seed=0) / 4096**0.5
+    >>> gap = sketch @ sketch.T - ef.ops.gram(a, b)
+    >>> bool(gap.norm() < 0.2 * ef.ops.gram(a, b).norm())
+    True
     """
     check.factors(a, b)
     check.require(k >= 0, f"k: got {k}; needs a number of directions >= 0")

@@ -63,7 +63,7 @@ def linear_sample_loss(
 
     Returns: (n,).
 
-    Equivalent to: ``sample_loss(F.linear(h, weight, bias), target, …)``
+    Equivalent to: ``sample_loss(F.linear(h, weight, bias), target)``, with the same options
     """
     check.require(weight.dim() == 2 and h.dim() == target.dim() + 1 and h.shape[-1] == weight.shape[1],
                   f"weight: shape {tuple(weight.shape)} does not go with h {tuple(h.shape)}; needs (C, {h.shape[-1]})")  # fmt: skip

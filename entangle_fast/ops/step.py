@@ -113,6 +113,8 @@ def step_gram(directions: Sequence[Tensors]) -> Tensor:
     """Gram of k directions over all parameters at once, accumulated in float64.
 
     directions: k ≥ 1 lists of tensors shaped alike → (k, k) float64 on their device.
+
+    Equivalent to: ``D = torch.stack([torch.cat([x.flatten() for x in d]) for d in directions]).double(); D @ D.T``
     """
     _some("directions", directions, "list")
     _some("directions[0]", directions[0])
@@ -134,6 +136,8 @@ def step_project(
 
     A direction not longer than 1e-30 is left out, with coefficient 0, since float32 may not hold it; one that is not finite
     makes every coefficient NaN.
+
+    Equivalent to: ``torch.linalg.lstsq(D.T, beta * v + g).solution`` for the coefficients, with D (k, P), v and g flat, no ridge
 
     Returns: the Gram, float64 (k + 2, k + 2) of the directions, v and g in this order ((k + 1, k + 1) without v), and
     coef (k,) float64. On a GPU up to 32 directions never make the host wait; more go through torch.linalg.
@@ -164,6 +168,8 @@ def step_update(
         noise: standard deviation of ξ's contribution; ξ is Philox stream (seed, offset + counter).
         counter: 0-d int64 on the parameters' device, or None: what a captured CUDA graph adds one to, so that its
             replays draw fresh noise.
+
+    Without directions, decay and noise: a step of torch.optim.SGD(params, lr, momentum=beta).
     """
     _some("params", params)
     _like(params, "grads", grads)
@@ -219,7 +225,10 @@ def step_adamw(
 
 
 def step_lookahead(params: Tensors, grads: Tensors, alpha: float) -> tuple[list[Tensor], Tensor, Tensor]:
-    """θ ← θ − alpha·g in place; returns what step_lookahead_undo needs: one byte a parameter, not a copy."""
+    """θ ← θ − alpha·g in place; returns what step_lookahead_undo needs: one byte a parameter, not a copy.
+
+    Equivalent to: ``torch._foreach_sub_(params, grads, alpha=alpha)`` after keeping copies of the parameters
+    """
     _some("params", params)
     _like(params, "grads", grads)
     _apart(params=params)

@@ -29,7 +29,9 @@ def w2_sorted(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 def w2_moments(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """(μ − μ̄)² + (σ − σ̄)²: W2² between Gaussians with the two sets' moments (population σ).
 
-    losses (n,), reference (m,) → value (), weights (n,).
+    losses (n,), reference (m,) → value (), weights (n,) = ∂value/∂losses.
+
+    Equivalent to: ``(losses.mean() - reference.mean()) ** 2 + (losses.std(correction=0) - reference.std(correction=0)) ** 2``
     """
     _losses(losses, reference)
     return call("w2_moments", losses, reference)
@@ -39,6 +41,10 @@ def w2_features(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """W2² between Gaussians fitted to two sets of feature vectors (Bures metric).
 
     features (n, d), reference (m, d) → value (), weights (n, d) = ∂value/∂features.
+
+    Equivalent to: ``x, y = features - features.mean(0), reference - reference.mean(0);
+    (features.mean(0) - reference.mean(0)).square().sum() + x.square().sum() / len(x) + y.square().sum() / len(y)
+    - 2 * torch.linalg.matrix_norm(x @ y.T, "nuc") / (len(x) * len(y)) ** 0.5``
     """
     for name, x in (("features", features), ("reference", reference)):
         check.require(x.dim() == 2 and len(x) > 0, f"{name}: shape {tuple(x.shape)}; needs vectors (n, d), n >= 1")

@@ -31,6 +31,10 @@ def by_label(fine, forget, superclass_of):
     forget         indices of the forgotten fine classes
     superclass_of  (classes,) int64, fine class -> superclass
     Returns (n,) bool.
+
+    >>> import torch, entangle_fast as ef
+    >>> ef.tasks.by_label(torch.tensor([0, 1, 2, 1]), [0], superclass_of=torch.tensor([0, 0, 1]))
+    tensor([False,  True, False,  True])
     """
     forgotten = torch.zeros(len(superclass_of), dtype=torch.bool)
     forgotten[torch.as_tensor(forget, dtype=torch.int64)] = True
@@ -47,6 +51,10 @@ def by_knn(embed_forget, embed_retain, k=20, top=0.10):
     Ties go to the lower index, in the lists and in the ranking. A sample that is in no list is never adjacent, so
     fewer than ceil(top * r) may come back. Never holds f x r distances. Returns `Neighbours`.
     Raises ValueError for shapes that do not match, non-finite values, k not in 1..r, top not in (0, 1].
+
+    >>> import torch, entangle_fast as ef
+    >>> ef.tasks.by_knn(torch.tensor([[0.0], [0.2]]), torch.tensor([[5.0], [0.1], [9.0], [0.3]]), k=2, top=0.5).indices
+    tensor([1, 3])
     """
     for name, e in (("embed_forget", embed_forget), ("embed_retain", embed_retain)):
         if e.dim() != 2 or len(e) == 0 or not e.is_floating_point():
@@ -84,6 +92,10 @@ def agreement(indices, adjacent):
     indices   (m,) int64, the chosen retain samples (from `by_knn`)
     adjacent  (r,) bool, who is adjacent by label (from `by_label`), over the same retain samples
     Returns `Agreement`. Raises ValueError when nothing was chosen or nobody is adjacent.
+
+    >>> import torch, entangle_fast as ef
+    >>> ef.tasks.agreement(torch.tensor([1, 3]), torch.tensor([False, True, True, False]))
+    Agreement(precision=0.5, recall=0.5, base_rate=0.5)
     """
     if len(indices) == 0 or not adjacent.any():
         raise ValueError(f"agreement: got {len(indices)} indices and {int(adjacent.sum())} adjacent samples; "
@@ -99,6 +111,12 @@ def embed(model, x, layer=None, batch_size=512):
     The model runs in eval mode without gradients and is left as found, also after an error.
     Raises ValueError when there is no such layer, when the forward pass does not call it, when x is empty, and when
     what goes into it is not (n, d).
+
+    Equivalent to: ``model[:-1](x)`` for a Sequential whose last module is linear
+
+    >>> import torch, entangle_fast as ef
+    >>> ef.tasks.embed(torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.randn(6, 5)).shape
+    torch.Size([6, 8])
     """
     if len(x) == 0:
         raise ValueError("x: got 0 samples, needs at least one")

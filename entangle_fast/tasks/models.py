@@ -41,6 +41,10 @@ def load_model(name, **kwargs):
 
     Raises ValueError for an unknown name, TypeError when the factory gives no nn.Module; errors of the import and of
     the factory itself pass through.
+
+    >>> import entangle_fast as ef
+    >>> ef.tasks.load_model("torch.nn:Linear", in_features=4, out_features=2)
+    Linear(in_features=4, out_features=2, bias=True)
     """
     if ":" in name:
         module_name, _, attribute = name.partition(":")

@@ -13,7 +13,10 @@ from ..ops import check
 
 
 def means(losses: Tensor) -> Tensor:
-    """1/n for each sample: the gradient of the mean loss.  losses (n,) → (n,)."""
+    """1/n for each sample: the gradient of the mean loss.  losses (n,) → (n,).
+
+    Equivalent to: ``torch.autograd.grad(losses.mean(), losses)[0]``
+    """
     if losses.dim() != 1 or not len(losses):
         raise ValueError(f"losses: shape {tuple(losses.shape)}; needs per-sample losses (n,), n >= 1")
     check.floating(losses=losses)  # an integer 1/n is 0
@@ -25,6 +28,8 @@ def clipped(losses: Tensor, clip: float, penalty: float = 0.0) -> Tensor:
 
     losses (n,) cross-entropies in nats → (n,): 1/n below ``clip``, 0 from there on; with a small-loss penalty k
     the loss is CE − k/(CE + 1e-3), so that each weight gains a factor 1 + k/(CE + 1e-3)².
+
+    Equivalent to: ``torch.autograd.grad(losses.clamp(max=clip).mean(), losses)[0]`` without the penalty
     """
     losses = losses.detach()
     w = torch.where(losses < clip, means(losses), 0)
@@ -53,6 +58,12 @@ def lagrangian(
     Args:
         forget: (n_f,) losses.  remote: (n_r,) losses.  remote_start: L_rem(θ0) in nats.
         multiplier: λ, 0-d on the losses' device.
+
+    Returns: a Lagrangian: forget (n_f,), remote (n_r,) weights, constraint h and the next multiplier, 0-d.
+
+    Equivalent to: ``h = remote.mean() - remote_start;
+    torch.autograd.grad(-gamma * forget.clamp(max=clip).mean() + multiplier * h + mu / 2 * h**2, (forget, remote))`` for the weights,
+    without the penalty
     """
     check.floating(forget=forget, remote=remote)
     h = remote.detach().mean() - remote_start
@@ -75,6 +86,11 @@ def w2(values: Tensor, reference: Tensor, kind: str = "sorted") -> tuple[Tensor,
         reference: the same of the frozen model, (m,) or (m, d).
 
     Returns: value (), weights (n,); for "features" (n, d): the seeds of the feature vectors.
+
+    Equivalent to: ``torch.autograd.grad((values.sort().values - reference.sort().values).square().mean(), values)[0]`` for "sorted",
+    n = m
+
+    Raises: ValueError for another kind, and for shapes, devices or dtypes that do not go together.
     """
     if kind not in W2_KINDS:
         raise ValueError(f"kind: got {kind!r}; needs one of {', '.join(W2_KINDS)}")
@@ -84,7 +100,10 @@ def w2(values: Tensor, reference: Tensor, kind: str = "sorted") -> tuple[Tensor,
 
 
 def clipped_norms(sqnorms: Tensor, bound: float) -> Tensor:
-    """min(1, bound/‖g_i‖): the weights of per-sample clipping (DP-SGD; Abadi et al., CCS 2016).  (n,) → (n,)."""
+    """min(1, bound/‖g_i‖): the weights of per-sample clipping (DP-SGD; Abadi et al., CCS 2016).  (n,) → (n,).
+
+    Equivalent to: ``(bound / sqnorms.sqrt()).clamp(max=1)``
+    """
     if not bound > 0 or math.isnan(bound):
         raise ValueError(f"bound: got {bound}; needs a positive norm")
     check.floating(sqnorms=sqnorms)

@@ -14,6 +14,11 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     gram: (m, m) of the objectives' gradients → weights (m,) float64 of the sum of the projected gradients; NaN where the
         Gram is not finite.
     generator: draws the order in which the others are visited; None visits them in index order.
+
+    >>> import torch, entangle_fast as ef
+    >>> g = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])            # two objectives in conflict
+    >>> ef.weights.pcgrad(g @ g.T) @ g.double()
+    tensor([0.5000, 1.5000], dtype=torch.float64)
     """
     k = _gram(gram)
     m = len(k)
@@ -41,6 +46,12 @@ def upgrad(gram: Tensor, *, preference: Tensor | None = None, ridge: float = 1e-
         sweeps: upper limit of coordinate-descent sweeps; stops at relative changes below 1e-12.
 
     Returns: weights (m,) float64; the combined direction conflicts with no objective. NaN where the Gram is not finite.
+
+    >>> import torch, entangle_fast as ef
+    >>> g = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])            # two objectives in conflict
+    >>> direction = ef.weights.upgrad(g @ g.T) @ g.double()
+    >>> bool((g.double() @ direction >= 0).all())
+    True
     """
     given = k = _gram(gram)
     m = len(k)

@@ -30,6 +30,8 @@ def solve(gram: Tensor, rhs: Tensor, *, ridge: float = 0.0, rcond: float | None 
         rcond: without a ridge, eigenvalues of the unit-diagonal Gram below rcond·largest count as zero; default k·eps
             of the Gram's dtype.
 
+    Equivalent to: ``torch.linalg.solve(gram + ridge * torch.eye(len(gram)), rhs)`` for a regular Gram
+
     A gradient not longer than 1e-30 is left out, with c = 0: a zero Gram gives zeros. NaN or inf in the Gram, or in a column
     of rhs, gives NaN for every c (of that column), and nothing else does.
 
@@ -68,6 +70,8 @@ def project_onto(
         u: (n,).  ridge, rcond: as in solve.
 
     Returns: (k,) float64.
+
+    Equivalent to: ``torch.linalg.lstsq(S.T, v).solution`` with the spanning gradients S (k, P) and v (P,) formed
     """
     return solve(gram, _moments(cross, u), ridge=ridge, rcond=rcond)
 
@@ -78,6 +82,14 @@ def project_away(
     """Weights on the k spanning gradients that, added to v, remove its part in their span: v − P_V v.
 
     The negative of project_onto; same arguments.
+
+    >>> import torch, entangle_fast as ef
+    >>> G = torch.randn(5, 40, dtype=torch.float64)            # rows: gradients; the first three span, the others make up v
+    >>> K, u = G @ G.T, torch.tensor([0.5, 0.5])
+    >>> c = ef.weights.project_away(K[:3, :3], K[:3, 3:], u)
+    >>> left = torch.cat([c, u]) @ G
+    >>> bool((G[:3] @ left).abs().max() < 1e-9)
+    True
     """
     return -project_onto(gram, cross, u, ridge=ridge, rcond=rcond)
 
@@ -89,6 +101,9 @@ def damped(gram: Tensor, cross: Tensor, u: Tensor | None = None, *, damping: flo
 
     Args: gram (n, n), cross and u as in project_onto, damping λ > 0.
     Returns: the weight of v, and the weights (n,) of the spanning gradients.
+
+    Equivalent to: ``torch.linalg.solve(damping * torch.eye(S.shape[1]) + S.T @ S / len(S), v)`` for the direction, with the spanning
+    gradients S (n, P) and v (P,) formed
     """
     if not 0 < damping < math.inf or math.isinf(1 / damping):
         raise ValueError(f"damping: got {damping}; needs a finite number > 0, and of a finite inverse")
