@@ -48,7 +48,7 @@ def test_readme_console():
     seen = set()
     for _, text in blocks("console"):
         for line in text.splitlines():
-            program, *words = shlex.split(line, comments=True) or [None]
+            program, *words = shlex.split(line, comments=True) or [None]  # a comment
             seen.add(program)
             if program == "make":
                 assert re.search(rf"^{words[0]}:", targets, re.MULTILINE), line
