@@ -187,7 +187,7 @@ def accuracy_over_time(history: Sequence[Mapping[str, Any]], report: Mapping[str
         ax.grid(axis="x", visible=False)
         if log:
             _log_x(ax)
-    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylabel(_measured(report))
     axes[1].set_xlabel(f"seconds of unlearning{' (log scale)' if log else ''}")
     seeds = len({seed for _, seed in runs})
     _legend(figure, methods, [n for n in REFERENCES if n in report["methods"]])
@@ -223,7 +223,7 @@ def per_class(report: Mapping[str, Any]):
     ax.tick_params(axis="x", length=0)
     ax.set_xlim(x[0] - 0.6, x[-1] + 0.6)
     ax.set_ylim(0, 102)
-    ax.set_ylabel("test accuracy, %")
+    ax.set_ylabel(_measured(report))
     ax.grid(axis="x", visible=False)
     for kind in SETS:
         where = x[[i for i, (s, _) in enumerate(classes) if s == kind]]
@@ -423,6 +423,11 @@ def _percent(value: Any) -> float:
 
 def _both(*values: Any) -> bool:
     return all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+
+
+def _measured(report: Mapping[str, Any]) -> str:
+    where = (report.get("task") or {}).get("measured")
+    return f"accuracy of {where}, %" if where else "test accuracy, %"
 
 
 def _outputs(report: Mapping[str, Any]) -> int | None:

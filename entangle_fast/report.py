@@ -191,7 +191,7 @@ def table(report: Mapping[str, Any], console: Console, run_dir: str | os.PathLik
     original = methods.get("original", {})
     task = report.get("task") or {}
 
-    title = "Test accuracy, %"
+    title = f"Accuracy of the {task['measured']}, %" if task.get("measured") else "Test accuracy, %"
     if task.get("forget"):
         title += f": forgetting {', '.join(map(str, task['forget']))} from {task.get('dataset', '?')}"
     main = _new_table(title)

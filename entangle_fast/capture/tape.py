@@ -158,8 +158,9 @@ class Tape:
         for weight in weights:
             if weight is not None and weight not in self.sources and weight.requires_grad:
                 raise CaptureError(
-                    f"{what}: a weight of shape {tuple(weight.shape)} needs a gradient but is not a parameter of this model: "
-                    "computed from the batch, or by a custom autograd.Function? no rule covers that"
+                    f"{what}: a weight of shape {tuple(weight.shape)} needs a gradient but is not a parameter that was given: left out "
+                    "of the mapping (name it, or freeze it with requires_grad_(False)), computed from the batch, or by a custom "
+                    "autograd.Function? no rule covers the last two"
                 )
 
     def refuse_other_backward(self, source: Source) -> None:
@@ -204,8 +205,8 @@ class Tape:
         Raises: ValueError for reduced or empty losses, CaptureError when a parameter's gradient escaped the rules.
         """
         self._check_losses(losses)
-        if unknown := [s for s in stream if s not in STREAMABLE]:
-            raise ValueError(f"stream: got {unknown[0]!r}; needs any of {', '.join(STREAMABLE)}")
+        if isinstance(stream, str) or any(s not in STREAMABLE for s in stream):
+            raise ValueError(f"stream: got {stream!r}; needs a tuple of any of {', '.join(map(repr, STREAMABLE))}")
         if ("combine" in stream) != (weights is not None):
             raise ValueError("weights: give them with stream=('combine',), and only then")
         if stream:
@@ -252,8 +253,9 @@ class Tape:
             raise CaptureError("losses: no parameter met a batch inside this `with`; run the model's forward there")
         if len(losses) != self.n:
             raise ValueError(
-                f"losses: {len(losses)} of them for a batch of {self.n}; need one per sample; if the batch was guessed "
-                "wrong, say ef.capture(model, batch_size=…), or batch_dim=1 where positions stand before samples"
+                f"losses: {len(losses)} of them for a batch of {self.n}; need one per sample; for several batches concatenate their "
+                "inputs before one forward; if the batch was guessed wrong, say ef.capture(model, batch_size=…), or batch_dim=1 where "
+                "positions stand before samples"
             )
         if self.n == 0:
             raise ValueError("losses: an empty batch has no gradient; needs at least one sample")

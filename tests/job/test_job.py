@@ -42,6 +42,12 @@ def test_the_report(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".csv", ".toml", ".safetensors"}
 
 
+@pytest.mark.parametrize("given, title", [(None, "Accuracy of the training samples"), (sets(forget=8), "Test accuracy")])
+def test_the_table_says_what_was_measured(given, title, capsys):
+    go(test=given).summary()
+    assert title in capsys.readouterr().out
+
+
 def test_modes_and_requires_grad_are_as_found():
     model = trained().train()
     model[1].eval()
