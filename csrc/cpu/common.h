@@ -56,17 +56,17 @@ inline Tensor whole_pairs(const Tensor& x) { return x.size(x.dim() - 1) % 2 ? to
 
 // out = beta * out + x @ y
 inline void addmm_(Tensor& out, const Tensor& x, const Tensor& y, double beta) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), y.get(), beta, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), y.get(), beta, 1.0));
 }
 
 // out = x @ y
 inline void mm_out(Tensor& out, const Tensor& x, const Tensor& y) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), y.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), y.get()));
 }
 
 // out = x @ y, batched
 inline void bmm_out(Tensor& out, const Tensor& x, const Tensor& y) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), x.get(), y.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), x.get(), y.get()));
 }
 
 inline Tensor slice(Tensor x, int64_t dim, int64_t start, int64_t stop) {

@@ -22,14 +22,26 @@
 #ifdef EF_CUDA_HOST
 #include "span.h"
 #else
-// in libtorch_cuda only; weak, so that the library also loads beside a CPU-only torch
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include <dlfcn.h>
 #endif
 
 namespace ef::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+#ifndef EF_CUDA_HOST
+// Of libtorch_cuda, or null. Asked of the library itself: linked weakly it stays null on every torch, since libtorch_cuda is
+// in no scope of this library's (linkers drop libtorch.so, of which nothing is used) nor in the global one.
+inline auto current_stream() {
+  using Function = AOTITorchError(int32_t device_index, void** stream);
+  static Function* const function = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);  // by its name in the file that torch has loaded
+    return torch_cuda ? (Function*)dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
+  }();
+  return function;
+}
+#endif
 
 // The device of `x` made current, and its stream, for the life of one call.
 class Call {
@@ -38,8 +50,8 @@ class Call {
   Call(const char* op, const Tensor&) : op_(op) { span_clear(); }
 #else
   Call(const char* op, const Tensor& x) : op_(op), guard_(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, op, ": this torch was built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    STD_TORCH_CHECK(current_stream(), op, ": this torch was built without CUDA");
+    TORCH_ERROR_CODE_CHECK(current_stream()(x.get_device_index(), &stream));
   }
 #endif
   // of a launcher's result
