@@ -19,7 +19,7 @@ from entangle_fast import dispatch
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-KERNELS = ("triton", "cuda")  # backends that a job may pin; "ours" is whatever dispatch chooses
+KERNELS = ("triton", "cuda")  # backends that a job may pin, beside the reference; "ours" is whatever dispatch chooses
 
 
 @dataclass
@@ -146,7 +146,7 @@ def ceilings(timer: Timer) -> dict:
 def chosen(provider: str) -> Iterator[None]:
     """Dispatch to this backend and no other; other providers, and machines without a GPU, are left to dispatch."""
     kept = os.environ.pop(dispatch.ENV, None)
-    if GPU and provider in KERNELS:
+    if GPU and provider in (*KERNELS, "reference"):
         os.environ[dispatch.ENV] = provider
     try:
         yield

@@ -116,18 +116,29 @@ template <class T> struct GradientTile {
     }
   }
 
-  // d += left · right by tf32; exact: three products
+  // d += left · right by tf32. exact: three products, in an accumulator of their own that is added with rounding to nearest:
+  // tensor cores truncate their sums, and a long sum of one sign drifts by 2^-25 a product
   static EF_DEVICE void multiply_float(float (&d)[4], const float (&left)[4], const float (&right)[2], bool exact) {
-    uint32_t hi[4], lo[4], rhi[2], rlo[2];
+    uint32_t hi[4], rhi[2];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) hi[r] = ptx::to_tf32(left[r]), lo[r] = ptx::to_tf32(left[r] - bits_as<float>(hi[r]));
+    for (int r = 0; r < 4; ++r) hi[r] = ptx::to_tf32(left[r]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rhi[r] = ptx::to_tf32(right[r]), rlo[r] = ptx::to_tf32(right[r] - bits_as<float>(rhi[r]));
-    if (exact) {
-      ptx::mma_tf32(d, lo, rhi);
-      ptx::mma_tf32(d, hi, rlo);
+    for (int r = 0; r < 2; ++r) rhi[r] = ptx::to_tf32(right[r]);
+    if (!exact) {
+      ptx::mma_tf32(d, hi, rhi);
+      return;
     }
-    ptx::mma_tf32(d, hi, rhi);
+    uint32_t lo[4], rlo[2];
+    float sum[4] = {};
+#pragma unroll
+    for (int r = 0; r < 4; ++r) lo[r] = ptx::to_tf32(left[r] - bits_as<float>(hi[r]));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rlo[r] = ptx::to_tf32(right[r] - bits_as<float>(rhi[r]));
+    ptx::mma_tf32(sum, lo, rhi);
+    ptx::mma_tf32(sum, hi, rlo);
+    ptx::mma_tf32(sum, hi, rhi);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) d[e] += sum[e];
   }
 
   // → row: element o·I + i

@@ -1,6 +1,7 @@
-// mma.sync, ldmatrix and wgmma for cuda_host.h: the PTX ISA's fragment layouts, products in float32.
+// mma.sync, ldmatrix and wgmma for cuda_host.h: the PTX ISA's fragment layouts. mma.sync adds its exact products to the
+// accumulator and rounds the sum toward zero, as tensor cores do (Fasi et al. 2021: with a few bits less than here).
 //
-// Not modelled: the order and the truncation of the hardware's sums. wgmma: both operands in shared memory behind matrix
+// Not modelled: the truncation of wgmma's sums. wgmma: both operands in shared memory behind matrix
 // descriptors, eager or lazy like the copies; each thread forms its own part of the accumulator.
 #pragma once
 
@@ -10,6 +11,13 @@ namespace cuda_host {
 
 inline float from_bf16(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
 inline float from_f16(uint16_t v) { return float(cuda_host_bits<_Float16>(v)); }
+
+// d + sum as a float, toward zero: long sums of one sign drift
+inline float truncated(float d, double sum) {
+  const double exact = double(d) + sum;
+  const float near = float(exact);
+  return std::fabs(double(near)) > std::fabs(exact) ? std::nextafter(near, 0.0f) : near;
+}
 
 struct Fragments { uint32_t a[4], b[2]; };
 
@@ -30,9 +38,9 @@ void mma_16816(float* d, const uint32_t* a, const uint32_t* b, const Where& w) {
     }
   }
   for (int i = 0; i < 4; i++) {
-    float sum = 0;
-    for (int k = 0; k < 16; k++) sum += left[i >> 1][k] * right[i & 1][k];
-    d[i] += sum;
+    double sum = 0;
+    for (int k = 0; k < 16; k++) sum += double(left[i >> 1][k]) * right[i & 1][k];
+    d[i] = truncated(d[i], sum);
   }
 }
 
@@ -41,15 +49,15 @@ inline void mma_1688_tf32(float* d, const uint32_t* a, const uint32_t* b, const 
   auto all = exchange(~0u, Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, w);
   unsigned g = lane() / 4, t = lane() % 4;
   auto tf32 = [](uint32_t v) { return __uint_as_float(v & 0xFFFFE000u); };
-  float sum[4] = {};
+  double sum[4] = {};
   for (unsigned k = 0; k < 8; k++) {
     Fragments f = all(g * 4 + k % 4);
     for (int c = 0; c < 2; c++) {
-      float right = tf32(all((2 * t + c) * 4 + k % 4).b[k / 4]);
+      double right = tf32(all((2 * t + c) * 4 + k % 4).b[k / 4]);
       sum[c] += tf32(f.a[2 * (k / 4)]) * right, sum[2 + c] += tf32(f.a[2 * (k / 4) + 1]) * right;
     }
   }
-  for (int i = 0; i < 4; i++) d[i] += sum[i];
+  for (int i = 0; i < 4; i++) d[i] = truncated(d[i], sum[i]);
 }
 
 struct Row { uint16_t x[8]; };

@@ -47,7 +47,7 @@ def test_project(backend, served, held, case, k):
 @pytest.mark.parametrize("k, noise", [(0, 0.0), (2, 0.1), (5, 0.1)])
 def test_adamw(backend, served, k, noise, dtype):
     wide = torch.promote_types(dtype, torch.float32)
-    params, grads, m, u = tensors(dtype), tensors(dtype), tensors(wide), [x.square() for x in tensors(wide)]
+    params, grads, m, u = tensors(dtype), tensors(dtype), tensors(wide), [0.1 + x.square() for x in tensors(wide)]
     directions, coef, count = [tensors(dtype) for _ in range(k)], torch.randn(k, device="cuda"), torch.tensor(3, device="cuda")
     mine = [cpu(xs) for xs in (params, m, u)]
     options = {"lr": 0.1, "weight_decay": 0.01, "noise": noise, "seed": 7, "offset": 3}
