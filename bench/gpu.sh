@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
-# One command on a machine with an NVIDIA (or AMD) GPU, no network needed: builds what is missing, runs the GPU tests (among
-# them compute-sanitizer's four tools), measures the machine's own ceilings, runs the benchmark matrix with a cold L2 cache,
-# reads the hardware counters, and compares the CUDA C++ kernels with Triton's. Done within 8 minutes; what was measured is
-# written as it goes to bench/results/<device>/ (also into $OUT where that is set):
-#   <commit>.json  profile-<commit>.json  backends-<commit>.json
+# On a machine with an NVIDIA (or AMD) GPU, no network needed: builds what is missing, runs the GPU tests, measures the machine's
+# own ceilings and the benchmark matrix with a cold L2 cache, reads the hardware counters, compares the CUDA C++ kernels with
+# Triton's, and lets compute-sanitizer's four tools watch small calls. Written as it goes to bench/results/<device>/, and into
+# $OUT where that is set: <commit>.json profile-<commit>.json backends-<commit>.json gpu-tests.txt gpu-sanitize.txt
 #
-#   bench/gpu.sh                     everything, the quick matrix
+#   bench/gpu.sh                     everything, the quick matrix, within 8 minutes
 #   bench/gpu.sh --long              more sizes, a sweep over kernel configurations, more repetitions; about half an hour
-#   bench/gpu.sh tests matrix        only these of: build tests matrix profile backends
+#   bench/gpu.sh tests matrix        only these of: build tests matrix profile backends sanitize
 #   PYTHON=python3.12 COMMIT=abc123 SECONDS_IN_ALL=570 bench/gpu.sh
 #
-# Python packages that the machine lacks (tomlkit, say; the peers liger-kernel and torchjd are optional) can lie as wheels in
-# the folder .whl: they are put on the path first.
+# Runbook for a lease of 30 minutes, 10 a command (H100 or H200). Before it, here: wheels of what that machine lacks (tomlkit, or
+# nothing imports; the peers torchjd and liger-kernel) into .whl; the library for that GPU alone:
+#   TORCH_CUDA_ARCH_LIST=9.0a ENTANGLE_FAST_REQUIRE_EXT=1 ENTANGLE_FAST_CUDA=1 python setup.py build_ext --inplace
+# Each call carries .whl and entangle_fast/_C.abi3.so (a library that does not load is built there, 1-2 minutes) and begins with
+# COMMIT=$(git rev-parse --short=12 HEAD), filled in here: there is no .git there.
+#   1  SECONDS_IN_ALL=330 bash bench/gpu.sh tests                         2-4 min. First failures: $OUT/gpu-tests.txt
+#        all fail alike? mend that alone, again. "built without CUDA"? Triton goes on: calls 2 and 3 still measure it
+#   2  SECONDS_IN_ALL=560 bash bench/gpu.sh matrix profile backends       7-9 min. Put 1's gpu-tests.xml into build/, carry it too
+#        WRONG in the table: no time is given; a kernel that hangs or faults costs its job alone; no counters: the profile says why
+#   3  SECONDS_IN_ALL=400 bash bench/gpu.sh sanitize                      3-6 min. A tool that runs out of time says what it had run
+#   4  what is left: the mended tests alone, python3 -m pytest tests/gpu -k NAME, then the matrix again
+# Then copy $OUT/results into bench/results/, python bench/dispatch_table.py, commit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,11 +32,11 @@ STAGES=
 for word in "$@"; do
   case "$word" in
     --long) LONG=--long ;;
-    build | tests | matrix | profile | backends) STAGES="$STAGES $word" ;;
-    *) echo "bench/gpu.sh: $word is not one of --long build tests matrix profile backends" >&2; exit 2 ;;
+    build | tests | matrix | profile | backends | sanitize) STAGES="$STAGES $word" ;;
+    *) echo "bench/gpu.sh: $word is not one of --long build tests matrix profile backends sanitize" >&2; exit 2 ;;
   esac
 done
-STAGES=${STAGES:-build tests matrix profile backends}
+STAGES=${STAGES:-build tests matrix profile backends sanitize}
 END=$((SECONDS + ${SECONDS_IN_ALL:-$([ -n "$LONG" ] && echo 3300 || echo 465)}))
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -64,41 +73,68 @@ import torch
 from entangle_fast import dispatch
 assert dispatch.EXTENSION is None, dispatch.EXTENSION
 assert torch.version.hip or torch._C._dispatch_has_kernel_for_dispatch_key("entangle_fast_cuda::step_gram", "CUDA"), "built without CUDA"'
-if wanted build; then
-  if ! "$PYTHON" -c "$BUILT" 2>/dev/null || [ -n "$(find csrc setup.py -newer entangle_fast/_C.abi3.so 2>/dev/null | head -1)" ]; then
-    timeout "$(least 150 "$(left)")" "$PYTHON" setup.py --quiet build_ext --inplace
-  fi
-  "$PYTHON" -c "$BUILT" || echo "bench/gpu.sh: no CUDA C++ kernels (above: why); Triton's are measured, the others are not" >&2
+built() { "$PYTHON" -c "$BUILT" 2>"$WORK/built.txt"; }
+if ! built || { wanted build && [ -n "$(find csrc setup.py -newer entangle_fast/_C.abi3.so 2>/dev/null | head -1)" ]; }; then
+  timeout "$(least 150 "$(left)")" "$PYTHON" setup.py --quiet build_ext --inplace
+  built || echo "bench/gpu.sh: no CUDA C++ kernels ($(tail -1 "$WORK/built.txt")); Triton's are measured, the others are not" >&2
   echo "bench/gpu.sh: built, $(left) s left"
 fi
 
-TESTS=0
-if wanted tests; then
-  WORKERS=()
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then WORKERS=(-n "$(least "$(nproc)" 12)" --dist worksteal); fi
-  LIMIT=$([ -n "$LONG" ] && echo 1500 || least 210 "$(left)")
-  # interrupted, not killed: pytest then still writes what it found
-  timeout -s INT -k 20 "$LIMIT" "$PYTHON" -m pytest tests/gpu "${WORKERS[@]}" --junitxml "$WORK/tests.xml" >"$WORK/tests.txt" 2>&1
-  TESTS=$?
-  tail -40 "$WORK/tests.txt"
-  [ "$TESTS" = 124 ] && echo "bench/gpu.sh: the GPU tests ran past $LIMIT s" >&2
-  if [ -n "${OUT:-}" ]; then cp "$WORK/tests.txt" "$OUT/gpu-tests.txt"; fi
+# at_most SECONDS STAGE: what it may take, kept in LIMIT; false and one line where too little is left
+at_most() {
+  LIMIT=$(least "$1" "$(left)")
+  [ "$LIMIT" -ge 20 ] || { echo "bench/gpu.sh: no time left for $2" >&2; return 1; }
+}
+
+# run_tests LOG EXTRA...: none begins in the last fifth of LIMIT, so that pytest ends by itself; killed with its workers at LIMIT
+run_tests() {
+  local log=$1 workers=()
+  shift
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$(least "$(nproc)" 12)" --dist worksteal); fi
+  # a kernel that hangs ends its worker
+  if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then workers+=(--timeout "$((LIMIT * 9 / 10))" --timeout-method thread); fi
+  ENTANGLE_FAST_GPU_TESTS_END=$(($(date +%s) + LIMIT * 4 / 5)) timeout -s INT -k 15 "$LIMIT" \
+    "$PYTHON" -m pytest tests/gpu "${workers[@]}" "$@" >"$log" 2>&1
+  local code=$?
+  tail -40 "$log"
+  [ "$code" = 124 ] && echo "bench/gpu.sh: the tests ran past $LIMIT s" >&2
+  return "$code"
+}
+
+# measure SCRIPT ARGUMENTS...: again in a new process where a kernel hung or broke the device for the old one
+measure() {
+  local stop=$((SECONDS + LIMIT)) script=$1 code again=
+  shift
+  while :; do
+    LIMIT=$((stop - SECONDS))
+    [ "$LIMIT" -ge 20 ] || return 1
+    timeout -k 10 "$LIMIT" "$PYTHON" "bench/$script" --commit "$COMMIT" --budget $((LIMIT - 15)) "$@" $again
+    code=$?
+    [ "$code" = 75 ] || return "$code"
+    again=--again
+  done
+}
+
+FAILED=0
+SAVE=${OUT:-$WORK}
+mkdir -p build  # what the tests found stays there for a later call on the same machine
+if wanted tests && at_most "$([ -n "$LONG" ] && echo 1500 || echo 240)" tests; then
+  run_tests "$SAVE/gpu-tests.txt" -k "not sanitizer" --junitxml build/gpu-tests.xml || FAILED=1
+  [ -z "${OUT:-}" ] || cp build/gpu-tests.xml "$OUT" 2>/dev/null
   echo "bench/gpu.sh: tested, $(left) s left"
 fi
-
-BENCH=0
-if wanted matrix; then
-  LIMIT=$([ -n "$LONG" ] && echo 1200 || least 170 "$(left)")
-  timeout "$LIMIT" "$PYTHON" bench/gpu_matrix.py --commit "$COMMIT" --tests "$WORK/tests.xml" --budget $((LIMIT - 15)) $LONG || BENCH=$?
+if wanted matrix && at_most "$([ -n "$LONG" ] && echo 1200 || echo $(($(left) * 45 / 100)))" matrix; then
+  measure gpu_matrix.py --tests build/gpu-tests.xml $LONG || FAILED=1
   echo "bench/gpu.sh: matrix done, $(left) s left"
 fi
-if wanted profile; then
-  LIMIT=$(least 90 "$(left)")
-  timeout "$LIMIT" "$PYTHON" bench/gpu_profile.py --commit "$COMMIT" --budget $((LIMIT - 10)) || BENCH=$?
+if wanted profile && at_most 90 profile; then
+  timeout -k 10 "$LIMIT" "$PYTHON" bench/gpu_profile.py --commit "$COMMIT" --budget $((LIMIT - 10)) || FAILED=1
 fi
-if wanted backends; then
-  LIMIT=$(left)
-  timeout "$LIMIT" "$PYTHON" bench/gpu_backends.py --commit "$COMMIT" --budget $((LIMIT > 20 ? LIMIT - 15 : 1)) || BENCH=$?
+if wanted backends && at_most 600 backends; then
+  measure gpu_backends.py || FAILED=1
   echo "bench/gpu.sh: then python bench/dispatch_table.py makes what was faster the default"
 fi
-exit $((TESTS != 0 || BENCH != 0))
+if wanted sanitize && at_most 600 sanitize; then
+  run_tests "$SAVE/gpu-sanitize.txt" -k sanitizer || FAILED=1
+fi
+exit "$FAILED"

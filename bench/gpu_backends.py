@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from gpu_job import DEVICE, GPU, Timer, chosen
+from gpu_job import AGAIN, DEVICE, GPU, Timer, chosen, limited, release
 from gpu_matrix import ROOT, Report, versions
 
 import entangle_fast as ef
@@ -113,38 +113,51 @@ def measure(op: str, size: int, dtype: torch.dtype, timer: Timer) -> dict:
             "correct": apart["cuda"] <= max(1e-6, 2 * apart["triton"])}  # fmt: skip
 
 
-def run(report: Report, sizes, timer: Timer, seconds: float) -> None:
-    """Every case into the report, size by size; none is begun after ``seconds``."""
+def run(report: Report, sizes, timer: Timer, seconds: float, each: float = 75.0) -> bool:
+    """Every case that the report does not have, size by size; none is begun after ``seconds``. As gpu_matrix.run."""
     began = time.perf_counter()
-    report.content |= {"backends": [], "failed": [], "skipped": []}
+    for key in ("begun", "backends", "failed", "skipped"):
+        report.content.setdefault(key, [])
     for size, op, dtype in ((s, o, d) for s in sizes for o in CASES for d in DTYPES):
         name = f"{op} {dtype} {size}"
+        if name in report.content["begun"]:
+            continue
         if time.perf_counter() - began > seconds:
             report.content["skipped"].append(name)
             continue
-        try:
-            report.content["backends"].append(measure(op, size, dtype, timer))
-            print(json.dumps(report.content["backends"][-1]), flush=True)
-        except Exception as error:  # one case must not cost the others their numbers
-            traceback.print_exc()
-            report.content["failed"].append(f"{name}: {type(error).__name__}: {str(error)[:400]}")
-        if GPU:
-            torch.cuda.empty_cache()
+        report.content["begun"].append(name)
+
+        def give_up(name=name):
+            report.content["failed"].append(f"{name}: no answer within {each:.0f} s")
+            report.save()
+
+        with limited(each, give_up):
+            try:
+                report.content["backends"].append(measure(op, size, dtype, timer))
+                print(json.dumps(report.content["backends"][-1]), flush=True)
+            except Exception as error:  # one case must not cost the others their numbers
+                traceback.print_exc()
+                report.content["failed"].append(f"{name}: {type(error).__name__}: {str(error)[:400]}")
         report.save()
+        if not release():
+            return False
     report.save()
+    return True
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--budget", type=float, default=300, help="seconds after which no further case begins")
+    parser.add_argument("--again", action="store_true", help="go on with the report that a process left that exited with 75")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args(arguments)
     if not GPU:
         print("gpu_backends: no GPU that torch can use; nothing was measured", file=sys.stderr)
         return 3
-    report = Report(f"backends-{options.commit}", options.results, commit=options.commit, **versions())
-    run(report, SIZES, Timer(30, 1.0), options.budget)
+    report = Report(f"backends-{options.commit}", options.results, options.again, commit=options.commit, **versions())
+    if not run(report, SIZES, Timer(30, 1.0), options.budget):
+        return AGAIN
     print("written:", *report.paths)
     return int(bool(report.content["failed"]) or not all(r["correct"] for r in report.content["backends"]))
 

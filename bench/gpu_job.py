@@ -6,8 +6,10 @@ Without a GPU the same code runs on the CPU with a wall clock and the CPU's back
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +22,9 @@ from entangle_fast import dispatch
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 KERNELS = ("triton", "cuda")  # backends that a job may pin, beside the reference; "ours" is whatever dispatch chooses
+
+
+AGAIN = 75  # exit status: what is left needs a new process, with --again
 
 
 @dataclass
@@ -142,6 +147,36 @@ def ceilings(timer: Timer) -> dict:
     return {"copy_bytes_per_s": 2 * x.numel() / copy * 1e3, "gemm_bf16_flops_per_s": 2 * side**3 / product * 1e3}
 
 
+def release() -> bool:
+    """Cached memory back to the device; False after a fault: the device then answers this process with errors only."""
+    if not GPU:
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        traceback.print_exc()
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def limited(seconds: float, give_up: Callable) -> Iterator[None]:
+    """give_up() and an exit with AGAIN where the block takes longer: what waits for a kernel that hangs cannot be interrupted."""
+
+    def over():
+        give_up()
+        os._exit(AGAIN)
+
+    watch = threading.Timer(seconds, over)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
+
+
 @contextlib.contextmanager
 def chosen(provider: str) -> Iterator[None]:
     """Dispatch to this backend and no other; other providers, and machines without a GPU, are left to dispatch."""
@@ -172,9 +207,10 @@ def distance(x, want) -> float:
     return float("nan") if any(f != f for f in found) else max(found, default=0.0)
 
 
-def measure(job: Job, timer: Timer, top: dict) -> dict:
-    """One record for each provider, and whether what must hold holds. A wrong result gets no time."""
-    out: dict = {"providers": {}, "ran": [], "needs": {}}
+def measure(job: Job, timer: Timer, top: dict, out: dict | None = None) -> dict:
+    """One record for each provider, and whether what must hold holds, put into ``out``. A wrong result gets no time."""
+    out = {} if out is None else out
+    out |= {"providers": {}, "ran": [], "needs": {}}
     seen, want = Measured(job, top), None
     if job.exact is not None:
         with chosen("reference"):
@@ -211,9 +247,8 @@ def measure(job: Job, timer: Timer, top: dict) -> dict:
         except Exception as failure:  # one provider must not cost the others their numbers
             traceback.print_exc()
             row["failed"] = f"{type(failure).__name__}: {str(failure)[:400]}"
-        finally:
-            if GPU:
-                torch.cuda.empty_cache()
+        if not release():
+            break
     for text, holds in job.needs.items():
         backend = text.partition(":")[0]
         out["needs"][text] = holds(seen, backend) if backend in seen.ms else None
@@ -230,12 +265,12 @@ def table(jobs: dict[str, dict]) -> str:
     """One line for each provider of each job, then what must hold and whether it does."""
     lines = [f"{'job':44} {'provider':12} {'ms':>10} {'of copy':>8} {'of GEMM':>8} {'GiB':>7}"]
     for title, record in jobs.items():
-        if "providers" not in record:
+        if "providers" not in record or "failed" in record:
             lines.append(f"{title:44} {record.get('failed') or record.get('skipped')}")
         for provider, r in record.get("providers", {}).items():
             share = [f"{r[k]:.2f}" if k in r else "" for k in ("of_copy", "of_gemm")]
             size = f"{r['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in r else ""
-            ms = f"{r['ms']:.3f}" if "ms" in r else r["failed"][:60] if "failed" in r else f"WRONG {r['error']:.1e}"
+            ms = f"{r['ms']:.3f}" if "ms" in r else r["failed"][:60] if "failed" in r else f"WRONG {r.get('error', math.nan):.1e}"
             lines.append(f"{title:44} {provider:12} {ms:>10} {share[0]:>8} {share[1]:>8} {size:>7}")
         words = {True: "holds", False: "FAILS", None: "not measured"}
         lines += [f"{'':44}   {text}: {words[holds]}" for text, holds in record.get("needs", {}).items()]

@@ -1,9 +1,10 @@
 """The benchmark matrix of bench/gpu.sh: the machine's ceilings, then every job with a cold L2 cache, medians.
 
-    python bench/gpu_matrix.py --commit <hash> [--tests tests.xml] [--budget seconds] [--long] [--only text]
+    python bench/gpu_matrix.py --commit <hash> [--tests tests.xml] [--budget seconds] [--long] [--only text] [--again]
 
 Writes bench/results/<device>/<commit>.json (and $OUT/results/<device>/<commit>.json) after every job, so that a run cut short
-leaves what it measured.
+leaves what it measured. Exits with 75 where a kernel hung or broke the device for this process: with --again the jobs that were
+not begun follow, into the same file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import gpu_jobs
 import gpu_models
 import torch
-from gpu_job import GPU, Timer, ceilings, failed, measure, table
+from gpu_job import AGAIN, GPU, Timer, ceilings, failed, limited, measure, release, table
 
 import entangle_fast as ef
 
@@ -61,13 +62,15 @@ def plain(x):
 
 
 class Report:
-    """A JSON file that is written anew after every addition."""
+    """A JSON file that is written anew after every addition; again: that of an earlier process is gone on with."""
 
-    def __init__(self, name: str, results: Path, **head):
+    def __init__(self, name: str, results: Path, again: bool = False, **head):
         folder = device_name().replace(" ", "_")
         roots = [results, *([Path(os.environ["OUT"]) / "results"] if os.environ.get("OUT") else [])]
         self.paths = [root / folder / f"{name}.json" for root in roots]
         self.content = {"device": device_name(), **head}
+        if again and self.paths[0].exists():
+            self.content = json.loads(self.paths[0].read_text())
 
     def save(self) -> None:
         for path in self.paths:
@@ -88,23 +91,33 @@ def versions() -> dict:
             "triton": triton_version, "cuda": torch.version.cuda or torch.version.hip}  # fmt: skip
 
 
-def run(report: Report, jobs: dict, timer: Timer, seconds: float) -> None:
-    """Every job into the report; none is begun after ``seconds``."""
+def run(report: Report, jobs: dict, timer: Timer, seconds: float, each: float = 75.0) -> bool:
+    """Every job that the report does not have into it; none is begun after ``seconds``. False: the rest needs a new process."""
     began, done = time.perf_counter(), report.content.setdefault("jobs", {})
     for title, make in jobs.items():
+        if title in done:
+            continue
         if time.perf_counter() - began > seconds:
             done[title] = {"skipped": "no time left"}
             continue
-        try:
-            done[title] = measure(make(), timer, report.content["ceilings"])
-        except Exception as error:  # one job must not cost the others their numbers
-            traceback.print_exc()
-            done[title] = {"failed": f"{type(error).__name__}: {str(error)[:400]}"}
-        if GPU:
-            torch.cuda.empty_cache()
+        record = done[title] = {}
+
+        def give_up(record=record):
+            record["failed"] = f"no answer within {each:.0f} s"
+            report.save()
+
+        with limited(each, give_up):
+            try:
+                measure(make(), timer, report.content["ceilings"], record)
+            except Exception as error:  # one job must not cost the others their numbers
+                traceback.print_exc()
+                record["failed"] = f"{type(error).__name__}: {str(error)[:400]}"
         report.save()
-        print(table({title: done[title]}).partition("\n")[2], flush=True)
+        print(table({title: record}).partition("\n")[2], flush=True)
+        if not release():
+            return False
     report.save()
+    return True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,23 +127,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=150, help="seconds after which no further job begins")
     parser.add_argument("--long", action="store_true", help="more sizes, more repetitions, a sweep over kernel configurations")
     parser.add_argument("--only", default="", help="jobs whose title holds this")
+    parser.add_argument("--again", action="store_true", help="go on with the report that a process left that exited with 75")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args(arguments)
     if not GPU:
         print("gpu_matrix: no GPU that torch can use; nothing was measured", file=sys.stderr)
         return 3
     began = time.perf_counter()
-    report = Report(options.commit, options.results, commit=options.commit, long=options.long, **versions())
+    report = Report(options.commit, options.results, options.again, commit=options.commit, long=options.long, **versions())
     if options.tests:
         report.content["tests"] = tests_of(options.tests)
-    if options.long:
+    if options.long and not options.again:
         ef.warmup(dtypes=(torch.bfloat16, torch.float32), sweep=True)
     timer = Timer(200, 8.0) if options.long else Timer(30, 1.5)
-    report.content["ceilings"] = ceilings(timer)
-    report.save()
+    if "ceilings" not in report.content:
+        report.content["ceilings"] = ceilings(timer)
+        report.save()
     print(json.dumps(report.content["ceilings"]), flush=True)
     jobs = {k: v for k, v in {**gpu_models.jobs(options.long), **gpu_jobs.jobs(options.long)}.items() if options.only in k}
-    run(report, jobs, timer, options.budget - (time.perf_counter() - began))
+    if not run(report, jobs, timer, options.budget - (time.perf_counter() - began), 300.0 if options.long else 75.0):
+        return AGAIN
     print("written:", *report.paths)
     return int(any(failed(j) for j in report.content["jobs"].values()))
 

@@ -14,6 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -84,19 +86,22 @@ def ncu(backend: str, seconds: float) -> dict:
     tool = shutil.which("ncu") or next((str(x) for x in sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))), None)
     if tool is None:
         return {"missing": "ncu is not installed"}
-    said = ""
+    said, end = "", time.perf_counter() + seconds
     for metrics in METRICS:
         command = [
             tool, "--csv", "--clock-control", "none", "--kernel-name-base", "function", "--kernel-name", f"regex:^({'|'.join(OURS)})$",
             "--launch-count", "60", "--metrics", ",".join(metrics), sys.executable, str(Path(__file__).resolve()), "--calls", backend,
         ]  # fmt: skip
-        try:
-            done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {"missing": f"ncu ran past {seconds:.0f} s"}
-        if launches := [r for r in parse(done.stdout) if "ms" in r]:
-            return {"metrics": metrics, "launches": launches}
-        said = done.stdout
+        left = end - time.perf_counter()
+        with tempfile.TemporaryFile("w+") as file:  # no pipe, which a child of ncu would keep open; timeout ends that child too
+            code = subprocess.call(["timeout", "-k", "5", str(max(1, int(left))), *command], stdout=file, stderr=subprocess.STDOUT)
+            file.seek(0)
+            said = file.read()
+        late = {"late": f"ncu ran past {seconds:.0f} s"} if code in (124, 137) else {}
+        if launches := [r for r in parse(said) if "ms" in r]:
+            return {"metrics": metrics, "launches": launches, **late}
+        if late:
+            return {"missing": late["late"]}
     return {"missing": "ncu gave no counters: " + " | ".join(x for x in said.splitlines() if x.startswith("=="))[-600:]}
 
 

@@ -195,6 +195,8 @@ def gram_layers(a: list[Tensor], b: list[Tensor], a2: list[Tensor], b2: list[Ten
     if 0 in (n, m):
         return like.new_zeros(n, m, dtype=torch.float32)
     cfg = tune.config("rows", PAIRS[like.element_size()], str(like.dtype))
+    if aligned and like.dtype == torch.float32 and torch.version.hip is None:
+        cfg = {**cfg, "maxnreg": 128}  # else ptxas may stop at 80 registers for a third block, and spill
     high, wide = cdiv(n, cfg["BM"]), cdiv(m, cfg["BN"])
     count = high + cfg["BN"] // cfg["BM"] * (wide * (wide - 1) // 2) if symmetric else high * wide
     splits = _splits(count, len(work), launch.processors(like))

@@ -29,10 +29,10 @@ def _pair_norms(
     Bytes: the factors t/TB times (L2).  FLOPs: n·t²·(d_in + d_out).  Limit: tensor cores, bandwidth at t ≤ TB.
     Fraction reached: not yet run on a GPU.
     """
-    i = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(t, TB)
-    t0, s0 = (tl.program_id(0) // blocks) * TB, (tl.program_id(0) % blocks) * TB
-    at = partial + i * blocks * blocks + tl.program_id(0)
+    i, block = (tl.program_id(0) // (blocks * blocks)).to(tl.int64), tl.program_id(0) % (blocks * blocks)
+    t0, s0 = (block // blocks) * TB, (block % blocks) * TB
+    at = partial + tl.program_id(0)
     if s0 < t0:
         tl.store(at, 0.0)
         return
@@ -60,7 +60,7 @@ def _pair_norms(
 
 @triton.jit
 def _tile_norms(
-    a, b, rows, columns, partial, t, d_in, d_out, a_sample, a_position, b_sample, b_position, a_group, b_group,
+    a, b, rows, columns, partial, t, d_in, d_out, a_sample, a_position, b_sample, b_position, groups, a_group, b_group,
     TABLED: tl.constexpr, VEC: tl.constexpr, PREC: tl.constexpr,
     BO: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -69,16 +69,16 @@ def _tile_norms(
     Bytes: a d_out/BO times, b d_in/BC times (L2).  FLOPs: 2·n·t·d_in·d_out.  Limit: tensor cores for t ≥ 64.
     Fraction reached: not yet run on a GPU.
     """
-    i = tl.program_id(1).to(tl.int64)
     tiles_c = tl.cdiv(d_in, BC)
     per_group = tl.cdiv(d_out, BO) * tiles_c
-    g, tile = tl.program_id(0) // per_group, tl.program_id(0) % per_group
+    i, g = (tl.program_id(0) // (per_group * groups)).to(tl.int64), tl.program_id(0) // per_group % groups
+    tile = tl.program_id(0) % per_group
     o, c = (tile // tiles_c) * BO + tl.arange(0, BO), (tile % tiles_c) * BC + tl.arange(0, BC)
     acc = gradient_tile(
         a + i * a_sample + g * a_group, b + i * b_sample + g * b_group, rows, columns, o, o < d_out, c, c < d_in, t,
         a_position, b_position, TABLED, VEC, PREC, BO, BC, BT,
     )  # fmt: skip
-    tl.store(partial + i * tl.num_programs(0) + tl.program_id(0), tl.sum(acc * acc))
+    tl.store(partial + tl.program_id(0), tl.sum(acc * acc))
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _by_pairs(shape: Layer, s: Side, ids=None, padding_idx: int = -1) -> Tensor:
     blocks = cdiv(s.t, tb)
     partial = s.b.new_empty(s.n, blocks * blocks, dtype=torch.float32)
     match = ids is not None
-    _pair_norms[(blocks * blocks, s.n)](
+    _pair_norms[(blocks * blocks * s.n,)](
         s.a, s.b, ids if match else s.b, *shape.tables(s.b), partial, s.t, shape.d_in, shape.d_out,
         s.a_sample, s.a_position, s.b_sample, s.b_position, shape.groups, shape.a_group, shape.b_group, padding_idx,
         MATCH=match, TABLED=shape.tabled, VEC=shape.vec, PREC=launch.precision(s.b.dtype), TB=tb, BK=cfg["BK"],
@@ -118,9 +118,9 @@ def _by_tiles(shape: Layer, s: Side) -> Tensor:
     cfg = tune.config("form", FORM[s.a.element_size()], str(s.a.dtype))
     tiles = shape.groups * cdiv(shape.d_out, cfg["BO"]) * cdiv(shape.d_in, cfg["BC"])
     partial = s.b.new_empty(s.n, tiles, dtype=torch.float32)
-    _tile_norms[(tiles, s.n)](
+    _tile_norms[(tiles * s.n,)](
         s.a, s.b, *shape.tables(s.b), partial, s.t, shape.d_in, shape.d_out, s.a_sample, s.a_position,
-        s.b_sample, s.b_position, shape.a_group, shape.b_group, TABLED=shape.tabled, VEC=shape.vec,
+        s.b_sample, s.b_position, shape.groups, shape.a_group, shape.b_group, TABLED=shape.tabled, VEC=shape.vec,
         PREC=launch.precision(s.a.dtype), **cfg,
     )  # fmt: skip
     return partial.sum(1)

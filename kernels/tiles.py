@@ -58,9 +58,10 @@ def _form(
     Limit: tensor cores for t ≥ 64.  Fraction reached: not yet run on a GPU.
     """
     tiles_c = tl.cdiv(c_count, BC)
-    i = tl.program_id(1).to(tl.int64)
-    o = (tl.program_id(0) // tiles_c) * BO + tl.arange(0, BO)
-    c = (tl.program_id(0) % tiles_c) * BC + tl.arange(0, BC)
+    tiles = tl.cdiv(o_count, BO) * tiles_c
+    i, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles  # a grid's second axis ends at 65535
+    o = (tile // tiles_c) * BO + tl.arange(0, BO)
+    c = (tile % tiles_c) * BC + tl.arange(0, BC)
     om, cm = o < o_count, c < c_count
     g = gradient_tile(
         a + i * a_sample, b + i * b_sample, rows, columns, o_first + o, om, c_first + c, cm, t_count,
@@ -158,7 +159,7 @@ def form(layer: Layer, s: Side, group: int, scratch: Tensor, chunk: tuple[int, i
     """Gradients of all samples of ``s``, for one chunk of one group, into scratch (≥ n, pitch)."""
     o, o_count, c, c_count = chunk
     cfg = tune.config("form", FORM[s.a.element_size()], str(s.a.dtype))
-    grid = (cdiv(o_count, cfg["BO"]) * cdiv(c_count, cfg["BC"]), s.n)
+    grid = (cdiv(o_count, cfg["BO"]) * cdiv(c_count, cfg["BC"]) * s.n,)
     a = s.a.flatten()[group * layer.a_group :] if layer.tabled else s.a
     b = s.b.flatten()[group * layer.b_group :] if layer.tabled else s.b
     _form[grid](

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from entangle_fast import dispatch
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 NEEDS_NO_GPU = "test_without_a_gpu.py"
 RAN: set[str] = set()  # "op/backend" of the test at hand
+END = float(os.environ.get("ENTANGLE_FAST_GPU_TESTS_END", "inf"))  # seconds since 1970, bench/gpu.sh: no test begins later
 
 
 def pytest_collection_modifyitems(items):
@@ -18,6 +20,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "/gpu/" in str(item.path) and item.path.name != NEEDS_NO_GPU:
                 item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def device_that_answers():
+    """After a fault every call on the device fails: with xdist a new worker takes over, else no further test is worth its time."""
+    if time.time() > END:
+        pytest.skip("no time left")
+    yield
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(70)
+            pytest.exit(f"the device answers with errors only: {error}")
 
 
 @pytest.fixture(autouse=True)

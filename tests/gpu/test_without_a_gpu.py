@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,49 @@ def test_the_report_is_written_as_it_goes_and_doctor_reads_it(tmp_path, monkeypa
     assert lines == {"gram/triton": "ran on NVIDIA_H100_80GB_HBM3"}
     gpu_matrix.run(report, {"four": job}, timer, -1)
     assert report.content["jobs"]["four"] == {"skipped": "no time left"}
+
+
+def test_backends_are_pinned_on_a_gpu_the_reference_too(monkeypatch):
+    monkeypatch.setattr(gpu_job, "GPU", True)
+    for provider, want in (("triton", "triton"), ("cuda", "cuda"), ("reference", "reference"), ("ours", None), ("torch", None)):
+        with gpu_job.chosen(provider):
+            assert os.environ.get(ef.dispatch.ENV) == want
+    assert ef.dispatch.ENV not in os.environ
+
+
+@no_gpu
+def test_after_a_fault_a_new_process_goes_on_where_the_old_one_stopped(tmp_path, monkeypatch, timer, top):
+    def device(jobs, again, broken):
+        report = gpu_matrix.Report("abc", tmp_path, again, commit="abc")
+        report.content["ceilings"] = top
+        monkeypatch.setattr(gpu_job, "release", lambda: not broken)
+        monkeypatch.setattr(gpu_matrix, "release", lambda: not broken)
+        return gpu_matrix.run(report, jobs, timer, 1e9), report.content["jobs"]
+
+    x, begun = torch.ones(3), []
+
+    def job(title):
+        begun.append(title)
+        return gpu_job.Job(lambda: x, {"torch": lambda: x}, ("gram",))
+
+    jobs = {title: (lambda title=title: job(title)) for title in ("one", "two")}
+    whole, done = device(jobs, False, True)
+    assert not whole and begun == ["one"] and list(done) == ["one"] and "triton" not in done["one"]["providers"]
+    whole, done = device(jobs, True, False)
+    assert whole and begun == ["one", "two"] and gpu_job.failed({**done["one"], "failed": "x"}) and not gpu_job.failed(done["two"])
+
+
+def test_a_kernel_that_hangs_ends_the_process_and_is_in_the_report(tmp_path):
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT / "bench")!r}, {str(ROOT)!r}]
+import time, pathlib, gpu_job, gpu_matrix
+report = gpu_matrix.Report("abc", pathlib.Path({str(tmp_path)!r}), commit="abc")
+report.content["ceilings"] = {{}}
+gpu_matrix.run(report, {{"hangs": lambda: time.sleep(100)}}, gpu_job.Timer(1, 0.1), 1e9, 0.2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=90)
+    (file,) = tmp_path.glob("*/abc.json")
+    assert done.returncode == gpu_job.AGAIN and "no answer" in json.loads(file.read_text())["jobs"]["hangs"]["failed"]
 
 
 def test_junit_files_say_what_ran(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes one block may have
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def record(calls) -> list[tuple]:
@@ -24,6 +24,8 @@ def record(calls) -> list[tuple]:
     found = []
 
     def run(self, *args, grid, warmup, **kwargs):
+        x, y, z = (*grid, 1, 1)[:3]
+        assert 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16, f"{self.fn.__name__}: a grid of {grid}"
         bound = dict(zip(self.arg_names, args))
         bound.update({k: v for k, v in kwargs.items() if k in self.arg_names})
         found.append((self, bound, {k: kwargs[k] for k in OPTIONS if k in kwargs}))
@@ -72,6 +74,8 @@ def compile_for(target: str, launch):
     from triton.backends.compiler import GPUTarget
 
     kernel, bound, options = launch
+    if TARGETS[target][0] == "hip":
+        options = {k: v for k, v in options.items() if k != "maxnreg"}
     built = triton.compile(_source(kernel, bound), target=GPUTarget(*TARGETS[target]), options=options)
     registers, spills = _resources(target, built)
     return built, {"registers": registers, "spills": spills, "shared": built.metadata.shared}
@@ -123,7 +127,9 @@ def workloads() -> dict:
             x, g = conv(dtype)
             w = torch.zeros(2, 16)
             gram.gram(*rows, route="rows")
-            gram.gram_layers(*([f[:, 0]] * 2 for f in few), [], [])
+            layers = [[f[:, 0]] * 2 for f in few]
+            gram.gram_layers(*layers, [], [])
+            gram.gram_layers(*layers, *layers)
             gram.gram(*rows, *rows, route="rows")
             gram.gram(*few, route="pairs")
             gram.gram(*many, route="tiles")

@@ -61,6 +61,21 @@ def test_contractions_load_sixteen_bytes_at_a_time(recorded):
             assert wide, f"{launches.label(launch)}: loads of single elements"
 
 
+def test_more_samples_than_a_grids_second_axis_has():
+    import torch
+    from entangle_fast.kernels import project, sqnorm
+
+    def calls():  # launches.record checks every grid
+        for t in (2, 16):
+            a, b = torch.zeros(70000, t, 8), torch.zeros(70000, t, 8)
+            sqnorm.sqnorm(a, b)
+            project.project(a, b, torch.zeros(3, 8, 8))
+        project.project_random(a, b, 3, seed=1)
+
+    found = {k.fn.__name__ for k, _, _ in launches.record(calls)}
+    assert {"_pair_norms", "_tile_norms", "_form", "_accumulate", "_random"} <= found
+
+
 def test_a_table_by_kernel_arguments_compiles():
     import torch
     from entangle_fast.kernels import table
