@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_a_launch_without_a_gpu_is_an_error_in_words():
     assert library.ef_cuda_fill(None, values, ctypes.c_int64(1), None) == code
     with pytest.raises((RuntimeError, NotImplementedError)):  # a CPU tensor has no kernel there
         torch.ops.entangle_fast_cuda.step_gram([torch.ones(3)], 1)
+
+
+@needs_cuda_build
+def test_the_stream_is_asked_of_the_library_that_torch_has_loaded():
+    """A weak symbol of libtorch_cuda would stay null on every torch: no library that this one needs leads to it."""
+    if (tool := shutil.which("nm")) is None:
+        pytest.skip("nm is not installed")
+    open_symbols = subprocess.run([tool, "-D", "--undefined-only", dispatch._C.__file__], text=True, capture_output=True, check=True).stdout
+    assert "aoti_torch_call_dispatcher" in open_symbols or "torch_call_dispatcher" in open_symbols
+    assert "cuda_stream" not in open_symbols
+    assert ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)  # torch's own libraries are found by their bare names
+
+
+def test_the_sources_use_no_name_that_torch_2_11_lacks():
+    for file in (ROOT / "csrc").rglob("*.[ch]*"):
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in file.read_text(), f"{file.name}: new in 2.13; TORCH_ERROR_CODE_CHECK is in both"
 
 
 def test_cuda_is_never_the_default_on_the_cpu(monkeypatch):
