@@ -1,7 +1,7 @@
 """Optimiser steps over many tensors: projected momentum, decay and noise, look-ahead with an exact undo.
 
 Everything that a step decides stays on the device, the k×k solve too: a step never makes the host wait, and with up to 32
-directions it can be captured into a CUDA graph.
+directions it can be captured into a CUDA graph; so can a look-ahead that is given a capacity.
 """
 
 from __future__ import annotations
@@ -211,11 +211,15 @@ def decay_noise_step(
 
 
 @contextlib.contextmanager
-def lookahead(params: Tensors, grads: Tensors, alpha: float) -> Iterator[None]:
+def lookahead(params: Tensors, grads: Tensors, alpha: float, capacity: int | None = None) -> Iterator[None]:
     """Inside the ``with`` the parameters stand at θ − alpha·g; afterwards at the very bits they had before.
 
     One byte a parameter is held, not a copy of the model. grads must not change in between. Autograd counts both as changes:
     a graph that was built before cannot be differentiated afterwards.
+
+    capacity: elements that may need more than the byte (|θ| far below |alpha·g|, or not finite). None: as many as there are; on
+    a GPU the host waits once to know. An int ≥ 0: no wait, and the whole can be captured into a CUDA graph; elements beyond it
+    stay at θ inside the ``with``. ops.step_lookahead says how to count them.
 
     >>> import torch, entangle_fast as ef
     >>> p = torch.tensor([0.1, 0.2])
@@ -226,7 +230,7 @@ def lookahead(params: Tensors, grads: Tensors, alpha: float) -> Iterator[None]:
     tensor([0.1000, 0.2000])
     """
     with torch.no_grad():
-        residue = ops.step_lookahead(params, grads, alpha)
+        residue = ops.step_lookahead(params, grads, alpha, capacity)
     try:
         yield
     finally:

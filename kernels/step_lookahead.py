@@ -30,16 +30,17 @@ def _moved(theta, g, alpha, P: tl.constexpr, ACC: tl.constexpr):
     return tl.fma(g.to(P).to(ACC), tl.zeros_like(g).to(ACC) + tl.cast(alpha, ACC), theta.to(ACC)).to(P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _lookahead(
-    rows, found, places, index, value, count, chunks, per, alpha: tl.float64,
+    rows, found, places, index, value, count, chunks, per, capacity: tl.int64, alpha: tl.float64,
     P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, INT: tl.constexpr, TOP: tl.constexpr,
-    WRITE: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    WRITE: tl.constexpr, BOUNDED: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """WRITE false: found[program] = elements whose plain undo is more than 127 floats off (or not finite).
     WRITE true: θ ← θ − alpha·g, its ulps, and those elements at places[program] of index and value, in order.
+    BOUNDED: those whose place is not below ``capacity`` stay where they are, with ulps −128.
 
-    Two passes, because how many there are sizes the result; the order is that of the elements, every time.
+    Two passes, because how many there are sizes the result, or says who has a slot; the order is that of the elements, every time.
     Bytes: θ and g twice, θ and one byte written.  Limit: bandwidth.  Fraction reached: not yet run on a GPU.
     """
     start = tl.program_id(0).to(tl.int64) * per
@@ -62,13 +63,19 @@ def _lookahead(
             finite = tl.abs(back.to(ACC)) < float("inf")
             far = ((off > 127) | (off < -127) | (finite == 0)) & mask
             if WRITE:
+                off = tl.minimum(tl.maximum(off, -127), 127)
+                slot = at + tl.cumsum(far.to(tl.int64), 0) - 1
+                listed = far
+                if BOUNDED:
+                    listed = far & (slot < capacity)
+                    new = tl.where(far & (slot >= capacity), old, new)
+                    off = tl.where(far & (slot >= capacity), -128, off)
                 tl.store(theta + e, new, mask=mask)
                 ulps = pointer(tl.load(row + 5), tl.int8, ALIGNED)
-                tl.store(ulps + e, tl.minimum(tl.maximum(off, -127), 127).to(tl.int8), mask=mask)
-                slot = at + tl.cumsum(far.to(tl.int64), 0) - 1
-                tl.store(index + 2 * slot, tl.zeros_like(slot) + tl.load(row + 6), mask=far)
-                tl.store(index + 2 * slot + 1, e, mask=far)
-                tl.store(value + slot, old.to(tl.float64), mask=far)
+                tl.store(ulps + e, off.to(tl.int8), mask=mask)
+                tl.store(index + 2 * slot, tl.zeros_like(slot) + tl.load(row + 6), mask=listed)
+                tl.store(index + 2 * slot + 1, e, mask=listed)
+                tl.store(value + slot, old.to(tl.float64), mask=listed)
             at += tl.sum(far.to(tl.int64), 0)
     if not WRITE:
         tl.store(found + tl.program_id(0), at)
@@ -80,7 +87,7 @@ def _undo(
     P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, INT: tl.constexpr, TOP: tl.constexpr,
     ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """θ ← θ + alpha·g moved by its ulps: the very bits from before the look-ahead, but for the listed elements.
+    """θ ← θ + alpha·g moved by its ulps: the very bits from before the look-ahead, but for the listed elements. −128: θ as it is.
 
     Bytes: θ, g and one byte read, θ written.  Limit: bandwidth.  Fraction reached: not yet run on a GPU.
     """
@@ -98,19 +105,21 @@ def _undo(
             mask = e < size
             here, g = tl.load(theta + e, mask=mask, other=0.0), tl.load(grad + e, mask=mask, other=0.0)
             back = _moved(here, g, alpha, P, ACC)
-            exact = _ordered(back, INT, TOP) + tl.load(ulps + e, mask=mask, other=0).to(tl.int64)
-            tl.store(theta + e, _from_ordered(exact, INT, TOP, P), mask=mask)
+            off = tl.load(ulps + e, mask=mask, other=0).to(tl.int64)
+            exact = _from_ordered(_ordered(back, INT, TOP) + off, INT, TOP, P)
+            tl.store(theta + e, tl.where(off == -128, here, exact), mask=mask)
 
 
 @triton.jit
 def _restore(rows, index, value, count, where, P: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """θ[tensor, element] = value for the listed elements of this group; where: original tensor → row, or −1.
+    """θ[tensor, element] = value for the listed elements of this group; where: original tensor → row, or −1. Tensor −1: none.
 
     Bytes: 24 an element.  Limit: latency.  Fraction reached: not yet run on a GPU.
     """
     q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(where + tl.load(index + 2 * q, mask=q < count, other=0), mask=q < count, other=-1)
-    mask = (q < count) & (row >= 0)
+    tensor = tl.load(index + 2 * q, mask=q < count, other=-1)
+    row = tl.load(where + tensor, mask=tensor >= 0, other=-1)
+    mask = row >= 0
     theta = tl.load(rows + row * COLUMNS + 3, mask=mask, other=0).to(tl.pointer_type(P))
     old = tl.load(value + q, mask=mask, other=0.0)
     tl.store(theta + tl.load(index + 2 * q + 1, mask=mask, other=0), old.to(P), mask=mask)
@@ -135,8 +144,10 @@ def _lookahead_groups(params, grads, ulps):
 
 
 @launch.on_device
-def step_lookahead(params: list[Tensor], grads: list[Tensor], alpha: float) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The one host synchronisation here is the size of ``index``, which the schema returns exactly.
+def step_lookahead(
+    params: list[Tensor], grads: list[Tensor], alpha: float, capacity: int | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Without a capacity the host waits once, for the size of ``index``, which the schema returns exactly; with one, never.
 
     Only the backend that looked ahead can undo to the bit: each rounds θ ± alpha·g in its own way.
     """
@@ -148,17 +159,22 @@ def step_lookahead(params: list[Tensor], grads: list[Tensor], alpha: float) -> t
     for group, _, constants in groups:
         found = torch.empty(group.programs, dtype=torch.int64, device=device)
         _lookahead[(group.programs,)](
-            group.rows, found, nothing, nothing, nothing, *group.stretch(), alpha, WRITE=False, **constants
+            group.rows, found, nothing, nothing, nothing, *group.stretch(), 0, alpha, WRITE=False, BOUNDED=False, **constants
         )
         counts.append(found)
     ends = torch.cat(counts).cumsum(0) if counts else nothing
-    total = int(ends[-1])
-    index = torch.empty(total, 2, dtype=torch.int64, device=device)
-    value = torch.empty(total, dtype=torch.float64, device=device)
+    if capacity is None:
+        slots = int(ends[-1])
+        index = torch.empty(slots, 2, dtype=torch.int64, device=device)
+        value = torch.empty(slots, dtype=torch.float64, device=device)
+    else:
+        slots = capacity
+        index = torch.full((slots, 2), -1, dtype=torch.int64, device=device)
+        value = torch.zeros(slots, dtype=torch.float64, device=device)
     begins = ends - torch.cat(counts) if counts else ends
     for (group, _, constants), places in zip(groups, begins.split([len(c) for c in counts]) if counts else ()):
         _lookahead[(group.programs,)](
-            group.rows, nothing, places, index, value, *group.stretch(), alpha, WRITE=True, **constants
+            group.rows, nothing, places, index, value, *group.stretch(), slots, alpha, WRITE=True, BOUNDED=capacity is not None, **constants
         )
     return ulps, index, value
 

@@ -190,6 +190,10 @@ def test_a_step_never_makes_the_host_wait(project, monkeypatch):
         decay_noise_step(params, g, lr=0.1, weight_decay=0.1, noise=0.1, counter=adamw.count)
         adamw.step(g, [a, b])
         adamw.step(g)
+        with lookahead(params, g, 0.3, capacity=5):
+            pass
+        with pytest.raises(AssertionError, match="makes the host wait"), lookahead(params, g, 0.3):
+            pass
         with pytest.raises(AssertionError, match="makes the host wait"):
             float(params[0].sum())
 
@@ -217,6 +221,18 @@ def test_lookahead_is_undone_to_the_bit(dtype, alpha):
     with lookahead(params, grads, alpha):
         torch.testing.assert_close(flat(params), flat(before) - alpha * flat(grads), rtol=1e-2, atol=1e-2 * alpha)
     assert [p.view(torch.uint8).tolist() for p in params] == [p.view(torch.uint8).tolist() for p in before]
+
+
+def test_lookahead_with_a_capacity_moves_all_but_what_has_no_slot():
+    params, grads = [torch.cat([torch.full((4,), 1e-6), torch.ones(3)])], [torch.full((7,), 1 / 3)]
+    before = params[0].clone()
+    for capacity, left in ((0, 4), (3, 1), (4, 0), (9, 0)):
+        with lookahead(params, grads, 0.7, capacity=capacity):
+            moved = params[0] != before
+        assert moved.tolist() == [k < capacity for k in range(4)] + [True] * 3 and torch.equal(params[0], before)
+        ulps, _, _ = residue = ops.step_lookahead(params, grads, 0.7, capacity)
+        assert sum((u == -128).sum() for u in ulps) == left
+        ops.step_lookahead_undo(params, grads, residue, 0.7)
 
 
 def test_lookahead_is_undone_after_an_error():

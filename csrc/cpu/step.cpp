@@ -90,8 +90,10 @@ void step_update(std::vector<Tensor> params, std::vector<Tensor> momentum, std::
   for (Dense& x : v) x.finish();
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha,
+                                                               std::optional<int64_t> capacity) {
   check(params.size() == grads.size() && !params.empty(), "look-ahead needs one grad a parameter");
+  check(!capacity || *capacity >= 0, "capacity is below 0");
   check_exact(params, grads);
   std::vector<Dense> theta = dense_all(params);
   std::vector<Tensor> ulps, g;
@@ -118,25 +120,41 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tenso
           if (!elements<T>().lookahead(x, data<T>(g[b.tensor]) + begin, off, count, (A)alpha)) continue;
           for (int64_t e = 0; e < count; ++e)
             if (off[e] == -128) {
+              if (capacity) x[e] = old[e];  // until it is known to have a slot
+              else off[e] = 0;
+              if (capacity && (int64_t)far[q].size() >= *capacity) continue;  // none for it
               A value;
               elements<T>().read(old + e, &value, 1);
               far[q].push_back({b.tensor, begin + e, (double)value});
-              off[e] = 0;
             }
         }
       });
     }
   });
-  int64_t total = 0;
-  for (const auto& f : far) total += f.size();
-  Tensor index = torch::stable::new_empty(params[0], {total, 2}, ScalarType::Long);
-  Tensor value = torch::stable::new_empty(params[0], {total}, ScalarType::Double);
+  int64_t slots = 0;
+  for (const auto& f : far) slots += f.size();
+  slots = capacity.value_or(slots);
+  Tensor index = torch::stable::new_empty(params[0], {slots, 2}, ScalarType::Long);
+  Tensor value = torch::stable::new_empty(params[0], {slots}, ScalarType::Double);
   int64_t at = 0;
+  const auto list = [&](const Far& x) {
+    data<int64_t>(index)[2 * at] = x.tensor, data<int64_t>(index)[2 * at + 1] = x.element;
+    data<double>(value)[at++] = x.value;
+  };
   for (const auto& f : far)
     for (const Far& x : f) {
-      data<int64_t>(index)[2 * at] = x.tensor, data<int64_t>(index)[2 * at + 1] = x.element;
-      data<double>(value)[at++] = x.value;
+      if (at == slots) break;
+      list(x);
+      if (!capacity) continue;
+      by_type(params[x.tensor].scalar_type(), [&](auto zero) {
+        using T = decltype(zero);
+        int8_t* off = data<int8_t>(ulps[x.tensor]) + x.element;
+        elements<T>().lookahead(data<T>(theta[x.tensor].now) + x.element, data<T>(g[x.tensor]) + x.element, off, 1,
+                                (typename Rows<T>::A)alpha);
+        *off = 0;
+      });
     }
+  while (at < slots) list({-1, -1, 0.0});
   for (Dense& x : theta) x.finish();
   return {ulps, index, value};
 }
@@ -168,6 +186,7 @@ void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, 
   const Tensor where = torch::stable::contiguous(index), what = torch::stable::contiguous(value);
   for (int64_t r = 0; r < what.numel(); ++r) {
     const int64_t i = data<int64_t>(where)[2 * r], e = data<int64_t>(where)[2 * r + 1];
+    if (i == -1) continue;  // a slot that was left over
     check(i >= 0 && i < (int64_t)theta.size() && e >= 0 && e < theta[i].now.numel(), "index is out of range");
     by_type(params[i].scalar_type(), [&](auto zero) {
       using T = decltype(zero);

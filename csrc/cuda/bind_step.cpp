@@ -1,69 +1,10 @@
-// The step operations on many tensors: one table on the device, and one launch, for each combination of dtypes.
+// The step operations on many tensors, but for look-ahead (bind_lookahead.cpp).
 #include <cmath>
-#include <map>
 
-#include "binding.h"
+#include "bind_rows.h"
 
 namespace ef::cuda {
 namespace {
-
-// A tensor as the kernels need it, contiguous and of `dtype`; put back by finish() where it is a copy.
-struct StandIn {
-  Tensor original, now;
-  StandIn(const Tensor& x, ScalarType dtype) : original(x), now(dense(x, dtype)) {}
-  void finish() {
-    if (now.data_ptr() != original.data_ptr()) torch::stable::copy_(original, now);
-  }
-};
-
-// Rows of a table (launchers.h) on their way to the device, with one zeroed cell behind them.
-class Rows {
- public:
-  explicit Rows(int pointers) : columns_(kHead + pointers) {}
-
-  // aligned: `pointers` that a kernel reads or writes 16 bytes at a time
-  void add(int64_t index, int64_t size, int64_t place, const std::vector<const void*>& pointers, size_t aligned) {
-    bool all = true;
-    for (size_t i = 0; i < aligned; ++i) all &= (uintptr_t)pointers[i] % 16 == 0;
-    values_.insert(values_.end(), {chunks_, size, place, 2 * index + all});
-    for (const void* p : pointers) values_.push_back((int64_t)(uintptr_t)p);
-    chunks_ += (size + kChunk - 1) / kChunk;
-    members_.push_back(index);
-  }
-
-  Table upload(const Call& call, const Tensor& like, int blocks_each = 8) {
-    const int64_t count = members_.size();
-    values_.push_back(chunks_);
-    values_.resize((count + 1) * columns_ + 1, 0);
-    device_ = empty(like, {(int64_t)values_.size()}, ScalarType::Long);
-    int64_t* rows = data<int64_t>(*device_);
-    call(ef_cuda_fill(rows, values_.data(), values_.size(), call.stream));
-    int processors = 0;
-    call(ef_cuda_processors(&processors));
-    const int programs = (int)std::min<int64_t>(chunks_, (int64_t)processors * blocks_each);
-    return {rows, count, chunks_, columns_, programs};
-  }
-
-  unsigned* counter() const { return (unsigned*)(data<int64_t>(*device_) + device_->numel() - 1); }
-  const std::vector<int64_t>& members() const { return members_; }
-
- private:
-  int columns_;
-  int64_t chunks_ = 0;
-  std::vector<int64_t> values_, members_;
-  std::optional<Tensor> device_;
-};
-
-using Groups = std::map<std::vector<int>, Rows>;
-
-Rows& group(Groups& groups, const std::vector<int>& types, int pointers) {
-  return groups.try_emplace(types, pointers).first->second;
-}
-
-int checked_type(const Call& call, const Tensor& x) {
-  call.require(type_of(x) >= 0, "a tensor is not float32, float64, bfloat16 or float16");
-  return type_of(x);
-}
 
 // what is read of one tensor: its parameter's dtype where all have it, else the wide one
 ScalarType read_type(ScalarType param, const Tensor& grad, const std::vector<Tensor>& directions, size_t i, size_t p) {
@@ -233,85 +174,6 @@ void step_adamw(std::vector<Tensor> params, std::vector<Tensor> exp_avg, std::ve
     call(ef_cuda_step_adamw(rows.upload(call, params[0]), types[0], types[1], (int)k, data(c), adamw, call.stream));
   }
   for (StandIn& x : written) x.finish();
-}
-
-std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha) {
-  STD_TORCH_CHECK(params.size() == grads.size() && !params.empty(), "step_lookahead: needs one grad a parameter");
-  const Call call("step_lookahead", params[0]);
-  std::vector<StandIn> theta;
-  std::vector<Tensor> ulps, held;
-  Groups groups;
-  for (size_t i = 0; i < params.size(); ++i) {
-    call.require(grads[i].numel() == params[i].numel(), "a grad differs in size");
-    const int type = checked_type(call, params[i]);
-    theta.emplace_back(params[i], params[i].scalar_type());
-    held.push_back(dense(grads[i], params[i].scalar_type()));
-    ulps.push_back(torch::stable::new_empty(theta[i].now, params[i].sizes(), ScalarType::Char));
-    if (params[i].numel())
-      group(groups, {type}, 3).add(i, params[i].numel(), 0, {data(theta[i].now), data(held[i]), data(ulps[i])}, 2);
-  }
-  struct Found {
-    Table table;
-    Tensor found, places;
-    int64_t total;
-  };
-  std::vector<Found> counts;
-  int64_t total = 0;
-  for (auto& [types, rows] : groups) {
-    const Table table = rows.upload(call, params[0]);
-    Tensor found = empty(params[0], {table.programs}, ScalarType::Long), places = empty(params[0], {table.programs + 1}, ScalarType::Long);
-    call(ef_cuda_step_lookahead_count(table, types[0], alpha, data<int64_t>(found), data<int64_t>(places), rows.counter(), call.stream));
-    counts.push_back({table, found, places, 0});
-  }
-  for (Found& c : counts) {  // the one wait: index is returned in its exact size
-    call(ef_cuda_fetch(data<int64_t>(c.places) + c.table.programs, &c.total, call.stream));
-    total += c.total;
-  }
-  Tensor index = empty(params[0], {total, 2}, ScalarType::Long), value = empty(params[0], {total}, ScalarType::Double);
-  int64_t* i = data<int64_t>(index);
-  double* v = data<double>(value);
-  size_t at = 0;
-  for (auto& [types, rows] : groups) {
-    const Found& c = counts[at++];
-    call(ef_cuda_step_lookahead(c.table, types[0], alpha, data<int64_t>(c.found), data<int64_t>(c.places), i, v, call.stream));
-    i += 2 * c.total, v += c.total;
-  }
-  for (StandIn& x : theta) x.finish();
-  return {ulps, index, value};
-}
-
-void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> ulps, const Tensor& index,
-                         const Tensor& value, double alpha) {
-  STD_TORCH_CHECK(params.size() == grads.size() && ulps.size() == params.size() && !params.empty(),
-                  "step_lookahead_undo: needs what step_lookahead was given and gave");
-  const Call call("step_lookahead_undo", params[0]);
-  std::vector<StandIn> theta;
-  std::vector<Tensor> held;
-  Groups groups;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const int64_t size = params[i].numel();
-    call.require(grads[i].numel() == size && ulps[i].numel() == size && ulps[i].scalar_type() == ScalarType::Char,
-                 "grads or ulps do not fit the parameters");
-    const int type = checked_type(call, params[i]);
-    theta.emplace_back(params[i], params[i].scalar_type());
-    held.push_back(dense(grads[i], params[i].scalar_type()));
-    const void* g = data(held.back());
-    held.push_back(torch::stable::contiguous(ulps[i]));
-    if (size) group(groups, {type}, 3).add(i, size, 0, {data(theta[i].now), g, data(held.back())}, 2);
-  }
-  const Tensor where = torch::stable::contiguous(index), what = torch::stable::contiguous(value);
-  for (auto& [types, rows] : groups) {
-    const Table table = rows.upload(call, params[0]);
-    call(ef_cuda_step_undo(table, types[0], alpha, call.stream));
-    if (what.numel() == 0) continue;
-    std::vector<int64_t> row_of(params.size(), -1);
-    for (size_t r = 0; r < rows.members().size(); ++r) row_of[rows.members()[r]] = r;
-    Tensor places = empty(params[0], {(int64_t)row_of.size()}, ScalarType::Long);
-    call(ef_cuda_fill(data<int64_t>(places), row_of.data(), row_of.size(), call.stream));
-    call(ef_cuda_step_restore(table, types[0], data<int64_t>(places), row_of.size(), data<int64_t>(where), data<double>(what),
-                              what.numel(), call.stream));
-  }
-  for (StandIn& x : theta) x.finish();
 }
 
 }  // namespace ef::cuda

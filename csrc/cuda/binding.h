@@ -115,7 +115,11 @@ std::tuple<Tensor, Tensor> step_project(std::vector<Tensor> directions, std::vec
 void step_adamw(std::vector<Tensor> params, std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq, std::vector<Tensor> grads,
                 std::vector<Tensor> directions, const Tensor& coef, const Tensor& step, double lr, double beta1, double beta2,
                 double eps, double weight_decay, double noise, int64_t seed, int64_t offset, std::optional<Tensor> counter);
-std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha);
+
+// ---- bind_lookahead.cpp --------------------------------------------------------------------------------------------
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha,
+                                                               std::optional<int64_t> capacity);
 void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> ulps, const Tensor& index,
                          const Tensor& value, double alpha);
 

@@ -63,11 +63,12 @@ int ef_cuda_step_update(ef::cuda::Table table, int param, int momentum, int read
                         ef::cuda::StepUpdate update, void* stream);
 // Columns: theta, gradient, m, u (both of the compute type), k directions.
 int ef_cuda_step_adamw(ef::cuda::Table table, int param, int read, int k, const void* coef, ef::cuda::StepAdamw adamw, void* stream);
-// Columns: theta, gradient, ulps. found (programs): far elements of each block; places (programs + 1): their running sum, the
-// total last; counter: one zeroed cell.
-int ef_cuda_step_lookahead_count(ef::cuda::Table table, int type, double alpha, int64_t* found, int64_t* places,
+// Columns: theta, gradient, ulps. found (programs): far elements of each block; places (programs + 1): their running sum from
+// *before on (device memory; null: 0), the total last; counter: one zeroed cell.
+int ef_cuda_step_lookahead_count(ef::cuda::Table table, int type, double alpha, const int64_t* before, int64_t* found, int64_t* places,
                                  unsigned* counter, void* stream);
-int ef_cuda_step_lookahead(ef::cuda::Table table, int type, double alpha, const int64_t* found, const int64_t* places,
+// index (slots, 2), value (slots); far elements whose place is not below slots are not moved, their ulps is -128
+int ef_cuda_step_lookahead(ef::cuda::Table table, int type, double alpha, const int64_t* found, const int64_t* places, int64_t slots,
                            int64_t* index, double* value, void* stream);
 int ef_cuda_step_undo(ef::cuda::Table table, int type, double alpha, void* stream);
 // where (tensors): index of a tensor -> its row in the table, or -1

@@ -1,7 +1,7 @@
 // step: look-ahead and its exact undo with one byte a parameter; and the table's way to the device.
 //
-// Look-ahead takes two passes over theta and g: how many elements need more than a byte sizes the result. Blocks that the
-// first pass found without such an element skip the scan in the second.
+// Look-ahead takes two passes over theta and g: how many elements need more than a byte sizes the result, or says which of
+// them have a slot; the others stay. Blocks that the first pass found without such an element skip the scan in the second.
 // Bytes per parameter: theta and g twice, theta and one byte written; the undo: theta, g, one byte read, theta written.
 // Limit: copy bandwidth. Fraction reached: not yet run on a GPU.
 #include "multi.cuh"
@@ -35,6 +35,8 @@ EF_DEVICE bool finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 // theta + by * g, one fused multiply-add rounded once to T: look-ahead and undo must not be contracted differently
 template <class T> EF_DEVICE T moved(T theta, T g, Acc<T> by) { return narrow<T>(fused(by, widen(g), widen(theta))); }
 
+constexpr int8_t kUnmoved = -128;  // in ulps: an element that found no slot, left as it was
+
 template <class T> struct Ahead {
   T now;
   int64_t off;  // floats from the plain undo to the old value
@@ -64,7 +66,7 @@ template <bool WHOLE, class T> EF_DEVICE int count_far(Span<const T> theta, Span
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads)
-lookahead_count(Table table, Acc<T> alpha, int64_t* found_, int64_t* places_, unsigned* counter) {
+lookahead_count(Table table, Acc<T> alpha, const int64_t* before_, int64_t* found_, int64_t* places_, unsigned* counter) {
   constexpr int N = kVector<T>;
   const Span<int64_t> found(found_), places(places_);
   int64_t far = 0;
@@ -80,7 +82,7 @@ lookahead_count(Table table, Acc<T> alpha, int64_t* found_, int64_t* places_, un
   far = block_sum(far);
   if (threadIdx.x == 0) found[blockIdx.x] = far;
   if (!last_block(counter, gridDim.x)) return;
-  int64_t before = 0;  // a running sum over the blocks, kThreads at a time
+  int64_t before = before_ ? Span<const int64_t>(before_)[0] : 0;  // a running sum over the blocks, kThreads at a time
   for (int64_t base = 0; base < gridDim.x; base += kThreads) {
     const int64_t at = base + threadIdx.x;
     const int64_t mine = at < gridDim.x ? found[at] : 0;
@@ -102,7 +104,7 @@ lookahead_count(Table table, Acc<T> alpha, int64_t* found_, int64_t* places_, un
 
 template <bool WHOLE, class T>
 EF_DEVICE void look_vector(Span<T> theta, Span<const T> g, Span<int8_t> ulps, int64_t e, int many, Acc<T> alpha, bool listed,
-                           int64_t tensor, int64_t* at, Span<int64_t> index, Span<double> value) {
+                           int64_t tensor, int64_t* at, int64_t slots, Span<int64_t> index, Span<double> value) {
   constexpr int N = kVector<T>;
   Pack<N, T> old{}, d{}, now;
   read<WHOLE, N, T>(theta, e, many, old);
@@ -116,24 +118,30 @@ EF_DEVICE void look_vector(Span<T> theta, Span<const T> g, Span<int8_t> ulps, in
     if (a.far && (WHOLE || i < many)) far |= 1u << i;
     off[i] = a.far ? (int8_t)0 : (int8_t)a.off;
   }
+  if (listed) {  // the same in the whole block
+    int total;
+    int64_t slot = *at + block_scan(__popc(far), &total);
+    *at += total;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (far >> i & 1) {
+        if (slot < slots) {
+          index[2 * slot] = tensor, index[2 * slot + 1] = e + i;
+          value[slot] = (double)widen(old[i]);
+        } else {
+          now[i] = old[i], off[i] = kUnmoved;
+        }
+        ++slot;
+      }
+  }
   write<WHOLE, N, T>(theta, e, many, now);
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (WHOLE || i < many) ulps[e + i] = off[i];
-  if (!listed) return;  // the same in the whole block
-  int total;
-  int64_t slot = *at + block_scan(__popc(far), &total);
-  *at += total;
-#pragma unroll
-  for (int i = 0; i < N; ++i)
-    if (far >> i & 1) {
-      index[2 * slot] = tensor, index[2 * slot + 1] = e + i;
-      value[slot++] = (double)widen(old[i]);
-    }
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads)
-lookahead(Table table, Acc<T> alpha, const int64_t* found, const int64_t* places, int64_t* index_, double* value_) {
+lookahead(Table table, Acc<T> alpha, const int64_t* found, const int64_t* places, int64_t slots, int64_t* index_, double* value_) {
   constexpr int N = kVector<T>;
   const Span<int64_t> index(index_);
   const Span<double> value(value_);
@@ -149,10 +157,10 @@ lookahead(Table table, Acc<T> alpha, const int64_t* found, const int64_t* places
     for (int64_t base = first; base < stop; base += kThreads * N) {
       const int64_t e = base + threadIdx.x * N;
       if (vectors && base + kThreads * N <= stop)
-        look_vector<true, T>(theta, g, ulps, e, N, alpha, listed, index_of(row), &at, index, value);
+        look_vector<true, T>(theta, g, ulps, e, N, alpha, listed, index_of(row), &at, slots, index, value);
       else
         look_vector<false, T>(theta, g, ulps, e, stop - e < N ? (int)(stop - e > 0 ? stop - e : 0) : N, alpha, listed,
-                              index_of(row), &at, index, value);
+                              index_of(row), &at, slots, index, value);
     }
   });
 }
@@ -169,7 +177,8 @@ EF_DEVICE void undo_vector(Span<T> theta, Span<const T> g, Span<const int8_t> ul
     if (WHOLE || i < many) off[i] = ulps[e + i];
 #pragma unroll
   for (int i = 0; i < N; ++i)  // unsigned: the far elements, put right afterwards, may wrap
-    x[i] = from_ordered<T>((int64_t)((uint64_t)ordered(moved<T>(x[i], d[i], alpha)) + (uint64_t)(int64_t)off[i]));
+    if (off[i] != kUnmoved)
+      x[i] = from_ordered<T>((int64_t)((uint64_t)ordered(moved<T>(x[i], d[i], alpha)) + (uint64_t)(int64_t)off[i]));
   write<WHOLE, N, T>(theta, e, many, x);
 }
 
@@ -188,7 +197,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) undo(Table table,
   });
 }
 
-// theta[tensor, element] = value; an entry of another table or out of range is left alone
+// theta[tensor, element] = value; an entry of another table, of none (-1), or out of range is left alone
 template <class T> __global__ void __launch_bounds__(kThreads)
 restore(Table table, const int64_t* where_, int64_t tensors, const int64_t* index_, const double* value_, int64_t count) {
   const Span<const int64_t> where(where_), index(index_), rows(table.rows);
@@ -228,18 +237,18 @@ template <int COUNT> int fill_by(int64_t* out, const int64_t* values, int64_t co
 
 using namespace ef::cuda;
 
-EF_LAUNCHER ef_cuda_step_lookahead_count(Table table, int type, double alpha, int64_t* found, int64_t* places, unsigned* counter,
-                                         void* stream) {
+EF_LAUNCHER ef_cuda_step_lookahead_count(Table table, int type, double alpha, const int64_t* before, int64_t* found, int64_t* places,
+                                         unsigned* counter, void* stream) {
   return by_type(type, [&](auto zero) {
-    return launch(lookahead_count<decltype(zero)>, dim3(table.programs), dim3(kThreads), 0, stream, table, alpha, found, places,
+    return launch(lookahead_count<decltype(zero)>, dim3(table.programs), dim3(kThreads), 0, stream, table, alpha, before, found, places,
                   counter);
   });
 }
 
-EF_LAUNCHER ef_cuda_step_lookahead(Table table, int type, double alpha, const int64_t* found, const int64_t* places, int64_t* index,
-                                   double* value, void* stream) {
+EF_LAUNCHER ef_cuda_step_lookahead(Table table, int type, double alpha, const int64_t* found, const int64_t* places, int64_t slots,
+                                   int64_t* index, double* value, void* stream) {
   return by_type(type, [&](auto zero) {
-    return launch(lookahead<decltype(zero)>, dim3(table.programs), dim3(kThreads), 0, stream, table, alpha, found, places, index,
+    return launch(lookahead<decltype(zero)>, dim3(table.programs), dim3(kThreads), 0, stream, table, alpha, found, places, slots, index,
                   value);
   });
 }

@@ -40,8 +40,8 @@ def _fake_project(directions, momentum, grads, *_):
     return grads[0].new_empty((lists, lists), dtype=torch.float64), grads[0].new_empty(k, dtype=torch.float64)
 
 
-def _fake_lookahead(params, grads, alpha):
-    count = torch.library.get_ctx().new_dynamic_size()
+def _fake_lookahead(params, grads, alpha, capacity=None):
+    count = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     ulps = [torch.empty_like(p, dtype=torch.int8) for p in params]
     return ulps, params[0].new_empty((count, 2), dtype=torch.int64), params[0].new_empty(count, dtype=torch.float64)
 

@@ -83,6 +83,11 @@ def _apart(**written: Tensors | None) -> None:
             full, end = row, start + x.nbytes
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured there; a traced call is captured only once it is compiled."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def _writing(*lists: Tensors | None) -> Iterator[None]:
     """Without a graph, and known to autograd afterwards."""
@@ -224,16 +229,37 @@ def step_adamw(
              lr, *betas, eps, weight_decay, noise, seed, offset, counter)  # fmt: skip
 
 
-def step_lookahead(params: Tensors, grads: Tensors, alpha: float) -> tuple[list[Tensor], Tensor, Tensor]:
+def step_lookahead(
+    params: Tensors, grads: Tensors, alpha: float, capacity: int | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """θ ← θ − alpha·g in place; returns what step_lookahead_undo needs: one byte a parameter, not a copy.
+
+    Args:
+        params, grads: p tensors.
+        capacity: how many elements may need more than the byte: those whose |θ| is far below |alpha·g|, and what is not finite.
+            None: as many as there are, which the host waits to know on a GPU. An int ≥ 0: memory for so many, no wait, and
+            the call can be captured into a CUDA graph. Elements beyond the first ``capacity`` are left as they are: their
+            look-ahead alone is left out, the undo is exact for every element. ``sum((u == -128).sum() for u in ulps)`` counts them.
+
+    Returns: ulps, p int8 tensors shaped like params: floats from the plain undo to the old value, −128 where an element was not
+    moved; index (q, 2) int64, (tensor, element), and value (q,) float64, their old values. q is capacity where one is given, and
+    slots that are left over hold index −1 and value 0.
+
+    RuntimeError: no capacity under a CUDA graph capture.
 
     Equivalent to: ``torch._foreach_sub_(params, grads, alpha=alpha)`` after keeping copies of the parameters
     """
     _some("params", params)
     _like(params, "grads", grads)
+    if capacity is not None:
+        whole = isinstance(capacity, int) and not isinstance(capacity, bool)
+        check.require(whole and capacity >= 0, f"capacity: got {capacity!r}; needs an int >= 0, or None for no bound")
+    elif _capturing(params[0].device):
+        raise RuntimeError("capacity: got None under a CUDA graph capture, where the host cannot wait for the size of index; needs an "
+                           "int >= 0, such as 4096")  # fmt: skip
     _apart(params=params)
     with _writing(params):
-        return call("step_lookahead", list(params), list(grads), alpha)
+        return call("step_lookahead", list(params), list(grads), alpha, capacity)
 
 
 def step_lookahead_undo(params: Tensors, grads: Tensors, residue: tuple, alpha: float) -> None:

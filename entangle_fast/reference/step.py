@@ -117,38 +117,65 @@ def _from_ordered(i: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     return bits.to(_BITS[size]).view(dtype)
 
 
-def step_lookahead(params: list[Tensor], grads: list[Tensor], alpha: float) -> tuple[list[Tensor], Tensor, Tensor]:
+_UNMOVED = -128  # in ulps: an element that found no slot, left as it was
+
+
+def step_lookahead(
+    params: list[Tensor], grads: list[Tensor], alpha: float, capacity: int | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """θ ← θ − alpha·g in place, with what an exact undo needs: one byte a parameter instead of a copy.
 
-    Returns ulps: int8 like each parameter, how many floats the plain undo θ + alpha·g lands off;
+    Returns ulps: int8 like each parameter, within ±127, how many floats the plain undo θ + alpha·g lands off;
     index (q, 2) int64 and value (q,) float64: (tensor, element) and old value of the few elements
-    that are off by more than 127 (weights far smaller than their step).
+    that are off by more than 127 (weights far smaller than their step) or not finite.
+    With a capacity q is that number, whatever the data, and the host never waits: those elements fill the first slots, in
+    order; what is left over holds index −1 and value 0. One that finds no slot is not moved, and its ulps is −128.
     """
-    ulps, index, value = [], [], []
+    device = params[0].device if params else None
+    ulps, index, value = [], [torch.zeros(0, 2, dtype=torch.int64, device=device)], [torch.zeros(0, dtype=torch.float64, device=device)]
+    if capacity is not None:  # one slot more, where all the others go
+        index = torch.full((capacity + 1, 2), -1, dtype=torch.int64, device=device)
+        value = torch.zeros(capacity + 1, dtype=torch.float64, device=device)
+        taken = torch.zeros((), dtype=torch.int64, device=device)
     for i, (theta, g) in enumerate(zip(params, grads)):
         old = theta.clone()
         theta.sub_(g.to(theta.dtype), alpha=alpha)
         back = theta.add(g.to(theta.dtype), alpha=alpha)
         off = _ordered(old) - _ordered(back)
-        far = ((off.abs() > 127) | ~torch.isfinite(back)).flatten()
-        where = far.nonzero().squeeze(1)
-        index.append(torch.stack([torch.full_like(where, i), where], 1))
-        value.append(old.flatten()[where].double())
-        ulps.append(off.clamp(-127, 127).to(torch.int8))
-    device = params[0].device if params else None
-    index = torch.cat(index) if index else torch.zeros(0, 2, dtype=torch.int64, device=device)
-    value = torch.cat(value) if value else torch.zeros(0, dtype=torch.float64, device=device)
-    return ulps, index, value
+        far = (off > 127) | (off < -127) | ~torch.isfinite(back)
+        off = off.clamp(-127, 127).to(torch.int8)
+        if capacity is None:
+            where = far.flatten().nonzero().squeeze(1)
+            index.append(torch.stack([torch.full_like(where, i), where], 1))
+            value.append(old.flatten()[where].double())
+        else:
+            slot = far.flatten().cumsum(0) - 1 + taken
+            taken = taken + far.sum()
+            slot = torch.where(far.flatten(), slot.clamp(max=capacity), capacity)
+            index[slot] = torch.stack([torch.full_like(slot, i), torch.arange(len(slot), device=device)], 1)
+            value[slot] = old.flatten().double()
+            unmoved = far & (slot == capacity).view(far.shape)
+            theta.copy_(torch.where(unmoved, old, theta))
+            off.masked_fill_(unmoved, _UNMOVED)
+        ulps.append(off)
+    if capacity is None:
+        return ulps, torch.cat(index), torch.cat(value)
+    return ulps, index[:capacity], value[:capacity]
 
 
 def step_lookahead_undo(
     params: list[Tensor], grads: list[Tensor], ulps: list[Tensor], index: Tensor, value: Tensor, alpha: float
 ) -> None:
-    """Put every parameter back to the very bits it had before step_lookahead with the same grads and alpha."""
+    """Put every parameter back to the very bits it had before step_lookahead with the same grads and alpha.
+
+    Elements of ulps −128 stay as they are; rows of index −1 are of no element. The host never waits.
+    """
     for i, (theta, g, off) in enumerate(zip(params, grads, ulps)):
         back = theta.add(g.to(theta.dtype), alpha=alpha)
         exact = _from_ordered(_ordered(back) + off, theta.dtype, theta.element_size()).view(theta.shape)
-        mine = index[:, 0] == i
-        flat = exact.flatten()
-        flat[index[mine, 1]] = value[mine].to(theta.dtype)
-        theta.copy_(flat.view(theta.shape))
+        exact = torch.where(off == _UNMOVED, theta, exact)
+        if len(index):
+            flat = torch.nn.functional.pad(exact.flatten(), (0, 1))  # one element more, where the rows of others go
+            flat[torch.where(index[:, 0] == i, index[:, 1], theta.numel())] = value.to(theta.dtype)
+            exact = flat[:-1].view(theta.shape)
+        theta.copy_(exact)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from looking import check_every_capacity
 from solving import check_a_ridge_below_all_counts_for_none, check_not_finite_is_not_dropped, check_too_short_is_left_out
 
 from entangle_fast import reference
@@ -183,6 +184,12 @@ def test_lookahead_is_undone_to_the_bit(cpp, dtype):
     assert all(torch.equal(x, y) for x, y in zip(bits(params), bits(before)))
 
 
+@pytest.mark.parametrize("size", [300, 70001])  # within a block, over three
+def test_lookahead_with_every_capacity(cpp, dtype, size):
+    check_every_capacity(cpp.step_lookahead, cpp.step_lookahead_undo, (dtype, dtype), size)
+    check_every_capacity(cpp.step_lookahead, cpp.step_lookahead_undo, (dtype, torch.float64), size)
+
+
 def test_opcheck(cpp):
     p, g = [torch.randn(5), torch.randn(3, 2)], [torch.randn(5), torch.randn(3, 2)]
     schema = ("test_schema", "test_faketensor")
@@ -205,7 +212,11 @@ def test_arguments_are_checked(cpp):
         cpp.step_lookahead(p, [torch.randn(4)], 0.1)
     with pytest.raises(RuntimeError, match="counter"):
         cpp.step_update(p, [], p, [], torch.zeros(0), 0.1, 0.0, 0.0, 0.1, 0, 0, torch.tensor(1, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="capacity"):
+        cpp.step_lookahead(p, p, 0.1, -1)
     ulps, none = [torch.zeros(5, dtype=torch.int8)], torch.zeros(0, 2, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="out of range"):
+        cpp.step_lookahead_undo(p, [torch.zeros(5)], ulps, torch.tensor([[0, -1]]), torch.zeros(1).double(), 0.1)
     for index, value in ((none.int(), torch.zeros(0).double()), (none, torch.zeros(0)), (none, torch.zeros(1).double())):
         with pytest.raises(RuntimeError, match="undo needs"):
             cpp.step_lookahead_undo(p, [torch.zeros(5)], ulps, index, value, 0.1)

@@ -1,6 +1,7 @@
 import bound
 import pytest
 import torch
+from looking import check_every_capacity
 from shapes import assert_as_good, bits, misaligned, some
 from solving import check_a_ridge_below_all_counts_for_none, check_not_finite_is_not_dropped, check_too_short_is_left_out
 
@@ -187,6 +188,11 @@ def test_lookahead_is_undone_to_the_bit(cuda, dtype, aligned):
     assert all(torch.equal(x, y) for x, y in zip(bits(params), bits(before)))
 
 
+def test_lookahead_with_every_capacity(cuda, dtype):
+    check_every_capacity(cuda.step_lookahead, cuda.step_lookahead_undo, (dtype, dtype), 3 * 4096 + 5)  # over four blocks
+    check_every_capacity(cuda.step_lookahead, cuda.step_lookahead_undo, (dtype, torch.float64))
+
+
 def test_bad_arguments_are_refused(cuda):
     p = [torch.randn(5)]
     with pytest.raises(RuntimeError, match="differ in size"):
@@ -197,5 +203,7 @@ def test_bad_arguments_are_refused(cuda):
         cuda.step_gram([torch.arange(3)], 1)
     with pytest.raises(RuntimeError, match="differ in size"):
         cuda.step_adamw(p, [torch.randn(4)], p, p, [], torch.zeros(0), torch.tensor(1), 0.1)
+    with pytest.raises(RuntimeError, match="capacity"):
+        cuda.step_lookahead(p, p, 0.1, -1)
     with pytest.raises(RuntimeError, match="differ in number"):
         cuda.step_project(p, p, [], 0.9, 0.0, 1e-15)

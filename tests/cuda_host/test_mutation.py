@@ -54,10 +54,10 @@ def _operation(call):
     return run
 
 
-def _lookahead(cuda):
+def _lookahead(cuda, capacity=None):
     params, grads = [_r(9001), _r(300) * 1e-6], [_r(9001) * 1e3, _r(300)]
     before = [p.clone() for p in params]
-    ulps, index, value = cuda.step_lookahead(params, grads, 0.3)
+    ulps, index, value = cuda.step_lookahead(params, grads, 0.3, capacity)
     after = [p.clone() for p in params]
     cuda.step_lookahead_undo(params, grads, ulps, index, value, 0.3)
     assert all(torch.equal(p, q) for p, q in zip(params, before))
@@ -84,12 +84,14 @@ CASES = {
     ),
     "step_adamw": _operation(_adamw),
     "lookahead": _operation(_lookahead),
+    "lookahead_bounded": _operation(lambda cuda: _lookahead(cuda, 5000)),
     "sample_loss": _operation(lambda cuda: cuda.sample_loss(_r(6, 1500), torch.arange(6) * 9, 5.0, 0.1, -100, 0.05, "mean")),
     "w2_sorted": _operation(lambda cuda: cuda.w2_sorted(_r(2500), _r(777))),
 }
 OF = {  # the cases that can notice a site of this file; others: all
     "gram.cu": ["gram_mma", "gram_float"], "gradient_tile.cuh": ["gram_mma", "gram_float"], "gram_sm90.cuh": ["gram_wgmma"],
-    "project.cu": ["project"], "lookahead.cu": ["lookahead"], "sample_loss.cu": ["sample_loss"], "w2.cu": ["w2_sorted"],
+    "project.cu": ["project"], "lookahead.cu": ["lookahead", "lookahead_bounded"], "sample_loss.cu": ["sample_loss"],
+    "w2.cu": ["w2_sorted"],
     "step.cu": ["step_gram", "step_project"], "solve.cuh": ["step_project"], "step_adamw.cu": ["step_adamw"],
     "reduce.cuh": ["step_gram", "w2_sorted", "sample_loss", "lookahead"],
 }  # fmt: skip

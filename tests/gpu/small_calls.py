@@ -34,9 +34,9 @@ def calls(device: str) -> dict:
     def loss(z, t):
         return lambda: torch.autograd.grad(ef.ops.sample_loss(z, t).sum(), z)
 
-    def undone():
+    def undone(capacity=None):
         g = [q.clone() for q in p]
-        ef.ops.step_lookahead_undo(p, g, ef.ops.step_lookahead(p, g, 0.1), 0.1)
+        ef.ops.step_lookahead_undo(p, g, ef.ops.step_lookahead(p, g, 0.1, capacity), 0.1)
 
     return {
         "rows": lambda: ef.ops.gram(a[:, 0], b[:, 0], route="rows"),
@@ -56,6 +56,7 @@ def calls(device: str) -> dict:
         "step_gram": lambda: ef.ops.step_gram([p, p]),
         "step_update": lambda: ef.ops.step_update(p, None, p, [p], torch.zeros(1, device=device), lr=0.1, noise=0.1),
         "lookahead": undone,
+        "lookahead with a capacity": lambda: undone(7),
         "sample_loss": loss(logits, target),
         "sample_loss of long rows": loss(wide, long_target),
         "linear_sample_loss": lambda: ef.ops.linear_sample_loss(r(5, 24), r(151, 24), target),

@@ -90,6 +90,28 @@ def test_cuda_kernels_capture_too(served):
         assert all(torch.equal(x, y) for x, y in zip(captured(run), want))
 
 
+def test_lookahead_with_a_capacity_captures_and_is_undone_to_the_bit(backend):
+    params = [torch.randn(300, 128, device="cuda"), torch.randn(129, device="cuda").bfloat16(), torch.randn(7, device="cuda").double()]
+    params[0][::7, 3] *= 1e-6
+    grads, before = [torch.randn_like(p) for p in params], [p.clone() for p in params]
+
+    def run(capacity=20):
+        ulps, index, value = residue = ef.ops.step_lookahead(params, grads, 0.3, capacity)
+        ahead = [p.clone() for p in params]
+        ef.ops.step_lookahead_undo(params, grads, residue, 0.3)
+        return [*ahead, *ulps, index, value]
+
+    want = run()
+    assert sum(int((u == -128).sum()) for u in want[3:6]) > 0 and not any(torch.equal(p, q) for p, q in zip(want, before))
+    _, every, _ = residue = ef.ops.step_lookahead(params, grads, 0.3)
+    ef.ops.step_lookahead_undo(params, grads, residue, 0.3)
+    assert torch.equal(want[6], every[:20])
+    assert all(torch.equal(x, y) for x, y in zip(captured(run), want))
+    assert all(torch.equal(p, q) for p, q in zip(params, before))
+    with pytest.raises(RuntimeError, match="^capacity: got None under a CUDA graph capture"):
+        captured(lambda: run(20 if not torch.cuda.is_current_stream_capturing() else None))
+
+
 def test_rows_of_all_layers_on_two_streams_do_not_share_their_counter():
     layers = [(torch.randn(64, 96, device="cuda"), torch.randn(64, 32, device="cuda")) for _ in range(20)]
     want, streams, found = ef.ops.gram_layers(layers), [torch.cuda.Stream() for _ in range(2)], []
@@ -110,6 +132,7 @@ def test_no_host_synchronisation_in_a_step(backend):
     def once():
         ef.ops.step_gram([x[:1], x[1:]])
         ef.ops.step_update(x[:1], None, x[1:], [x[1:]], coef, lr=0.1)
+        ef.ops.step_lookahead_undo(x[:1], x[1:], ef.ops.step_lookahead(x[:1], x[1:], 0.1, 9), 0.1)
         ef.ops.gram(a, b, route="tiles")
         if backend == "triton":
             ef.ops.combine(a, b, w)

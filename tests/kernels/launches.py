@@ -187,7 +187,8 @@ def workloads() -> dict:
             for noise, counter in ((0.0, None), (0.1, None), (0.1, count)):
                 step.step_update(p, m, p, p * 2, torch.zeros(2), 0.1, 0.9, 0.01, noise, counter=counter)
                 step_adamw.step_adamw(p, m, m, p, p * 2, torch.zeros(2), count, 0.1, noise=noise, counter=counter)
-            step_lookahead.step_lookahead_undo(p, p, *step_lookahead.step_lookahead(p, p, 0.1), 0.1)
+            for capacity in (None, 4096):
+                step_lookahead.step_lookahead_undo(p, p, *step_lookahead.step_lookahead(p, p, 0.1, capacity), 0.1)
             index = torch.zeros(1, 2, dtype=torch.int64)
             ulps = [torch.zeros_like(x, dtype=torch.int8) for x in p]
             step_lookahead.step_lookahead_undo(p, p, ulps, index, torch.zeros(1, dtype=torch.float64), 0.1)
@@ -214,7 +215,8 @@ def unique(launches):
 
 def label(launch) -> str:
     kernel, bound, _ = launch
-    flags = [k for k in ("TABLED", "MATCH", "SYMMETRIC", "SPLIT", "GAUSSIAN", "NOISE", "COUNTED", "WRITE", "MEAN") if bound.get(k)]
+    named = "TABLED", "MATCH", "SYMMETRIC", "SPLIT", "GAUSSIAN", "NOISE", "COUNTED", "WRITE", "BOUNDED", "MEAN"
+    flags = [k for k in named if bound.get(k)]
     pointers = {str(x.dtype).removeprefix("torch.") for x in bound.values() if hasattr(x, "data_ptr")}
     kind = str(bound.get("P") or bound.get("DTYPE") or "/".join(sorted(p for p in pointers if "float" in p)))
     return " ".join([kernel.fn.__module__.rsplit(".", 1)[-1] + kernel.fn.__name__, kind, *flags])

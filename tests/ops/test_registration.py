@@ -41,6 +41,17 @@ def test_fake_is_like_real(name, dtype):
             assert (f.shape, f.dtype, f.device, f.stride()) == (r.shape, r.dtype, r.device, r.stride())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lookahead_with_a_capacity_is_of_a_known_size(dtype):
+    args = (*arguments(dtype)["step_lookahead"], 3)
+    torch.library.opcheck(op("step_lookahead"), args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        _, index, value = op("step_lookahead")(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+    _, real, kept = op("step_lookahead")(*args)
+    for f, r in ((index, real), (value, kept)):
+        assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride()) and f.shape[0] == 3
+
+
 def test_compile_without_a_graph_break():
     a, b = torch.randn(5, 3, 6), torch.randn(5, 3, 4)
     logits, target = torch.randn(5, 7, requires_grad=True), torch.randint(0, 7, (5,))

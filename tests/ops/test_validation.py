@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from entangle_fast import ops
 
@@ -122,6 +123,9 @@ BAD = {
     "lookahead: no parameter": (lambda: ops.step_lookahead([], [], 1.0), "params"),
     "undo: no parameter": (lambda: ops.step_lookahead_undo([], [], ([], ids, r(0)), 1.0), "params"),
     "lookahead: grads": (lambda: ops.step_lookahead([r(2)], [r(3)], 1.0), "grads[0]"),
+    "lookahead: capacity below 0": (lambda: ops.step_lookahead([r(2)], [r(2)], 1.0, -1), "capacity: got -1; needs an int >= 0"),
+    "lookahead: a bool": (lambda: ops.step_lookahead([r(2)], [r(2)], 1.0, True), "capacity: got True"),
+    "lookahead: no int": (lambda: ops.step_lookahead([r(2)], [r(2)], 1.0, 2.0), "capacity: got 2.0"),
 }
 
 
@@ -138,3 +142,14 @@ def test_label_out_of_range(label):
     for call in (lambda: ops.sample_loss(r(4, 3), y + label), lambda: ops.linear_sample_loss(r(4, 2), r(3, 2), y + label)):
         with pytest.raises((ValueError, RuntimeError, IndexError)):
             call()
+
+
+def test_a_capture_needs_a_capacity(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        p, g = [torch.empty(3, device="cuda")], [torch.empty(3, device="cuda")]
+        with pytest.raises(RuntimeError, match="^capacity: got None under a CUDA graph capture"):
+            ops.step_lookahead(p, g, 0.1)
+        assert p[0]._version == 0
+        assert ops.step_lookahead(p, g, 0.1, 7)[1].shape == (7, 2)
+    ops.step_lookahead([r(3)], [r(3)], 0.1)  # of the CPU nothing is captured

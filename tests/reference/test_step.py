@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from looking import check_every_capacity
 
-from entangle_fast import ops, weights
+from entangle_fast import ops, reference, weights
 from entangle_fast.reference import philox
 
 
@@ -100,3 +101,17 @@ def test_lookahead_residue_is_small(generator):
     params = [torch.randn(1000, generator=generator)]
     ulps, index, value = ops.step_lookahead(params, [torch.randn(1000, generator=generator)], 1e-3)
     assert ulps[0].dtype == torch.int8 and len(index) == len(value) < 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_lookahead_with_every_capacity(dtype):
+    check_every_capacity(reference.step_lookahead, reference.step_lookahead_undo, (dtype, dtype))
+    check_every_capacity(reference.step_lookahead, reference.step_lookahead_undo, (dtype, torch.float64))
+
+
+def test_lookahead_far_beyond_the_parameter_is_undone():
+    """2^63 floats off: as an int64 the least, which has no absolute value."""
+    params, grads = [torch.tensor([2.0, -2.0], dtype=torch.float64).repeat(64)], [torch.linspace(9e16, 1.4e17, 128, dtype=torch.float64)]
+    before = params[0].clone()
+    reference.step_lookahead_undo(params, grads, *reference.step_lookahead(params, grads, 1.1), 1.1)
+    assert torch.equal(params[0], before)

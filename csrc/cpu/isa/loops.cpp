@@ -137,6 +137,9 @@ inline double from_ordered(int64_t i, double) {
   return x;
 }
 inline uint16_t from_ordered(int64_t i, uint16_t) { return (uint16_t)((int16_t)i ^ (((int16_t)i >> 15) & 0x7fff)); }
+// i, so many floats on; unsigned, since the -128 of a NaN may wrap
+inline int32_t moved_on(int32_t i, int8_t floats) { return (int32_t)((uint32_t)i + (uint32_t)floats); }
+inline int64_t moved_on(int64_t i, int8_t floats) { return (int64_t)((uint64_t)i + (uint64_t)floats); }
 
 // x + by * g in one fixed rounding: left to the compiler, look-ahead and undo could contract differently
 inline float axpy(float x, float by, float g) {
@@ -193,7 +196,10 @@ template <> int64_t lookahead<float>(float* __restrict theta, const float* __res
 }
 
 template <class T> void undo(T* __restrict theta, const T* __restrict g, const int8_t* __restrict ulps, int64_t count, Acc<T> alpha) {
-  for (int64_t e = 0; e < count; ++e) theta[e] = from_ordered(ordered(moved<T>(theta[e], g[e], alpha)) + ulps[e], T(0));
+  for (int64_t e = 0; e < count; ++e) {
+    const T now = theta[e], old = from_ordered(moved_on(ordered(moved<T>(now, g[e], alpha)), ulps[e]), T(0));
+    theta[e] = ulps[e] == -128 ? now : old;
+  }
 }
 
 // ---- sample_loss -------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ template <class T> struct Elements {
   using A = typename Rows<T>::A;
   // out[i*k + j] += <x_i, x_j>, j <= i, in double
   void (*dots)(const T* const* x, int64_t k, int64_t count, double* out);
-  // theta -= alpha g;  ulps = how far the plain undo lands off.  Returns how many are off by more than 127
+  // theta -= alpha g;  ulps = how far the plain undo lands off.  Returns how many are off by more than 127: -128
   int64_t (*lookahead)(T* theta, const T* g, int8_t* ulps, int64_t count, A alpha);
+  // where ulps is -128 theta stays
   void (*undo)(T* theta, const T* g, const int8_t* ulps, int64_t count, A alpha);
   // max, sum of exp(x - max), plain sum
   void (*row_sums)(const T* x, int64_t count, A* top, A* total, A* plain);

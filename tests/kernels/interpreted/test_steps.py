@@ -3,6 +3,7 @@
 import pytest
 import torch
 from entangle_fast.kernels import philox, step, step_adamw, step_lookahead, step_project, table
+from looking import check_every_capacity
 from rule import agree, exact
 from solving import check_a_ridge_below_all_counts_for_none, check_not_finite_is_not_dropped, check_too_short_is_left_out
 
@@ -154,6 +155,11 @@ def test_lookahead_is_undone_to_the_bit(dtype):
     step_lookahead.step_lookahead_undo(params, grads, *residue, 0.125)
     for x, y in zip(params, before):
         assert torch.equal(x.reshape(-1, 1).view(torch.uint8), y.reshape(-1, 1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtypes", [*((d, d) for d in DTYPES), (torch.bfloat16, torch.float64)])
+def test_lookahead_with_every_capacity(dtypes):
+    check_every_capacity(step_lookahead.step_lookahead, step_lookahead.step_lookahead_undo, dtypes, 2 * 4096 + 16)  # of two programs
 
 
 def test_a_table_written_by_kernel_arguments_is_the_table():
