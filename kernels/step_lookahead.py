@@ -41,7 +41,7 @@ def _lookahead(
     BOUNDED: those whose place is not below ``capacity`` stay where they are, with ulps −128.
 
     Two passes, because how many there are sizes the result, or says who has a slot; the order is that of the elements, every time.
-    Bytes: θ and g twice, θ and one byte written.  Limit: bandwidth.  Fraction reached: not yet run on a GPU.
+    Bytes: θ and g twice, θ and one byte written; 24 a slot.  Limit: bandwidth.  Fraction reached: not yet run on a GPU.
     """
     start = tl.program_id(0).to(tl.int64) * per
     i = find(rows, count, start, COLUMNS)

@@ -3,6 +3,7 @@
 // Look-ahead takes two passes over theta and g: how many elements need more than a byte sizes the result, or says which of
 // them have a slot; the others stay. Blocks that the first pass found without such an element skip the scan in the second.
 // Bytes per parameter: theta and g twice, theta and one byte written; the undo: theta, g, one byte read, theta written.
+// With a capacity 24 bytes a slot besides.
 // Limit: copy bandwidth. Fraction reached: not yet run on a GPU.
 #include "multi.cuh"
 #include "reduce.cuh"

@@ -85,7 +85,8 @@ def _apart(**written: Tensors | None) -> None:
 
 def _capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured there; a traced call is captured only once it is compiled."""
-    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    here = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+    return here and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
@@ -263,7 +264,10 @@ def step_lookahead(
 
 
 def step_lookahead_undo(params: Tensors, grads: Tensors, residue: tuple, alpha: float) -> None:
-    """Restore the bits that every parameter had before step_lookahead(params, grads, alpha) returned ``residue``."""
+    """Restore the bits that every parameter had before step_lookahead(params, grads, alpha) returned ``residue``.
+
+    Elements that were not moved (ulps −128) stay, rows of index −1 are passed over. A NaN that had a slot comes back as a NaN.
+    """
     _some("params", params)
     _like(params, "grads", grads)
     _apart(params=params)

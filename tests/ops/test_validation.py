@@ -145,11 +145,13 @@ def test_label_out_of_range(label):
 
 
 def test_a_capture_needs_a_capacity(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode():
         p, g = [torch.empty(3, device="cuda")], [torch.empty(3, device="cuda")]
-        with pytest.raises(RuntimeError, match="^capacity: got None under a CUDA graph capture"):
-            ops.step_lookahead(p, g, 0.1)
-        assert p[0]._version == 0
-        assert ops.step_lookahead(p, g, 0.1, 7)[1].shape == (7, 2)
+        with monkeypatch.context() as patched:
+            for name in ("is_initialized", "is_current_stream_capturing"):
+                patched.setattr(torch.cuda, name, lambda: True)
+            with pytest.raises(RuntimeError, match="^capacity: got None under a CUDA graph capture.*needs an int >= 0"):
+                ops.step_lookahead(p, g, 0.1)
+        assert p[0]._version == 0 and ops.step_lookahead(p, g, 0.1, 7)[1].shape == (7, 2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ops.step_lookahead([r(3)], [r(3)], 0.1)  # of the CPU nothing is captured
