@@ -28,26 +28,29 @@ def _forward(
     logits += r * row_stride
     e = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), ACC)
-    mass, total = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    mass, below, base = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for c in range(0, classes, BLOCK):
         mask = c + e < classes
         x = tl.load(logits + c + e, mask=mask, other=float("-inf")).to(ACC)
         new = tl.maximum(top, x)
-        base = tl.where(new == float("-inf"), 0.0, new)
+        was, base = base, tl.where(new == float("-inf"), 0.0, new)
         mass = mass * tl.exp(top - base) + tl.exp(x - base)
-        total += tl.where(mask, x, 0.0)
+        below += (c // BLOCK) * (was - base) + tl.where(mask, x - base, 0.0)  # of x - base
         top = new
     peak = tl.max(top, 0)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    z = base + tl.log(tl.sum(mass * tl.exp(top - base), 0))
+    highest = tl.where(peak == float("-inf"), 0.0, peak)
+    log_mass = tl.log(tl.sum(mass * tl.exp(top - highest), 0))
+    z = highest + log_mass
     label = tl.load(target + r)
     kept = label != ignore_index
     inside = (label >= 0) & (label < classes)
     picked = tl.load(logits + label, mask=kept & inside, other=float("nan")).to(ACC)
     s = tl.cast(smoothing, ACC)
-    loss = z - (1.0 - s) * picked
+    # differences with the maximum, not with z: exact where logits are large and the loss is small
+    loss = log_mass + (1.0 - s) * (highest - picked)
     if smoothing > 0.0:
-        loss -= s * tl.sum(total, 0) / classes
+        mine = (classes - e + BLOCK - 1) // BLOCK  # classes of each lane
+        loss -= s * tl.sum(tl.where(mine > 0, below + mine * (base - highest), 0.0), 0) / classes
     tl.store(lse + r, z)
     tl.store(position + r, tl.where(kept, loss, 0.0))
 

@@ -3,6 +3,9 @@
 import sys
 from contextlib import contextmanager
 
+import torch
+import torch.nn.functional as F
+
 from entangle_fast import reference
 
 ROOMS = ("combine", "gram", "project", "sample_loss", "sqnorm", "w2", "per_sample")
@@ -20,3 +23,14 @@ def plain_precision():
     finally:
         for room, old in zip(rooms, kept):
             room.accumulate_dtype = old
+
+
+def far_logits(shape, dtype, level, smoothing):
+    """Logits about a level, labels, and their cross-entropies: plain PyTorch's in float32 (float64 for float64), and in float64."""
+    logits, target = (torch.randn(shape) * 3 + level).to(dtype), torch.randint(0, shape[-1], shape[:-1])
+    wide = logits.float() if dtype != torch.float64 else logits
+
+    def each(x):
+        return F.cross_entropy(x, target, reduction="none", label_smoothing=smoothing)
+
+    return logits, target, each(wide), each(logits.double())

@@ -61,13 +61,15 @@ void forward(const Tensor& logits, const Tensor& target, const Shape& s, int64_t
       int64_t kept = 0;
       for (int64_t p = i * s.t; p < (i + 1) * s.t; ++p) {
         const T* row = x + p * s.classes;
-        A hi, sum, all;
-        loop.row_sums(row, s.classes, &hi, &sum, &all);
-        z[p] = hi + std::log(sum);
+        A hi, sum, below;
+        loop.row_sums(row, s.classes, &hi, &sum, &below);
+        const A mass = std::log(sum);
+        z[p] = hi + mass;
         if (y[p] == ignore) continue;
         if (y[p] < 0 || y[p] >= s.classes) { bad = true; continue; }
         ++kept;
-        total += z[p] - (A)(1 - smoothing) * (A)widen(row[y[p]]) - (smoothing ? (A)smoothing * all / (A)s.classes : (A)0);
+        // differences with the maximum, not with z: exact where logits are large and the loss is small
+        total += mass + (A)(1 - smoothing) * (hi - (A)widen(row[y[p]])) - (smoothing ? (A)smoothing * below / (A)s.classes : (A)0);
       }
       e[i] = mean && kept ? total / (A)kept : total;
       l[i] = penalty ? e[i] - (A)penalty / (e[i] + (A)kPenaltyEps) : e[i];

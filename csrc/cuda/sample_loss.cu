@@ -32,28 +32,38 @@ EF_DEVICE double logarithm(double x) { return log(x); }
 
 template <class A> EF_DEVICE A infinite() { return (A)INFINITY; }
 
-// Running maximum, sum of exp(x - maximum) and plain sum.
+// Running maximum, sums of exp(x - maximum) and of x - maximum, and how many.
 template <class A> struct Online {
-  A top = -infinite<A>(), mass = 0, total = 0;
+  A top = -infinite<A>(), mass = 0, below = 0, seen = 0;
 
+  EF_DEVICE A base() const { return top == -infinite<A>() ? A(0) : top; }
   template <int N, class T> EF_DEVICE void add(const Pack<N, T>& x) {
-    A high = top;
+    const A low = top, was = base();
 #pragma unroll
-    for (int i = 0; i < N; ++i) high = (A)widen(x[i]) > high ? (A)widen(x[i]) : high;
-    const A base = high == -infinite<A>() ? A(0) : high;
+    for (int i = 0; i < N; ++i) top = (A)widen(x[i]) > top ? (A)widen(x[i]) : top;
+    const A now = base();
     A more = 0;
+    below += seen * (was - now), seen += A(N);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      more += exponential((A)widen(x[i]) - base);
-      total += (A)widen(x[i]);
+      const A apart = (A)widen(x[i]) - now;
+      more += exponential(apart);
+      below += apart;
     }
-    mass = mass * exponential(top - base) + more;
-    top = high;
+    mass = mass * exponential(low - now) + more;
   }
-  EF_DEVICE void join(A top2, A mass2, A total2) {
-    const A high = top > top2 ? top : top2, base = high == -infinite<A>() ? A(0) : high;
-    mass = mass * exponential(top - base) + mass2 * exponential(top2 - base);
-    total += total2, top = high;
+  EF_DEVICE void join(const Online& x) {
+    const A low = top, was = base();
+    top = top > x.top ? top : x.top;
+    const A now = base();
+    mass = mass * exponential(low - now) + x.mass * exponential(x.top - now);
+    below += seen * (was - now) + x.below + x.seen * (x.base() - now), seen += x.seen;
+  }
+  EF_DEVICE Online of_lane(int mask) const {
+    Online x;
+    x.top = __shfl_xor_sync(kAll, top, mask), x.mass = __shfl_xor_sync(kAll, mass, mask);
+    x.below = __shfl_xor_sync(kAll, below, mask), x.seen = __shfl_xor_sync(kAll, seen, mask);
+    return x;
   }
 };
 
@@ -91,18 +101,17 @@ forward(LossOptions o, const T* logits_, const int64_t* target_, Acc<T>* lse_, A
     over_row<T>(logits + r * o.stride, logits_ + r * o.stride, o.classes, me, THREADS,
                 [&](int64_t, const auto& x) { sum.add(x); });
 #pragma unroll
-    for (int d = 16; d; d >>= 1)
-      sum.join(__shfl_xor_sync(kAll, sum.top, d), __shfl_xor_sync(kAll, sum.mass, d), __shfl_xor_sync(kAll, sum.total, d));
+    for (int d = 16; d; d >>= 1) sum.join(sum.of_lane(d));
     if constexpr (THREADS > 32) {
-      __shared__ A part[3][THREADS / 32];
-      if (lane() == 0) part[0][warp()] = sum.top, part[1][warp()] = sum.mass, part[2][warp()] = sum.total;
+      __shared__ A part[4][THREADS / 32];
+      if (lane() == 0) part[0][warp()] = sum.top, part[1][warp()] = sum.mass, part[2][warp()] = sum.below, part[3][warp()] = sum.seen;
       __syncthreads();
       sum = Online<A>();
-      for (int w = 0; w < THREADS / 32; ++w) sum.join(part[0][w], part[1][w], part[2][w]);
+      for (int w = 0; w < THREADS / 32; ++w) sum.join({part[0][w], part[1][w], part[2][w], part[3][w]});
       __syncthreads();
     }
     if (me != 0) continue;
-    const A log_mass = logarithm(sum.mass), base_value = sum.top == -infinite<A>() ? A(0) : sum.top;
+    const A log_mass = logarithm(sum.mass), base_value = sum.base();
     lse[r] = base_value + log_mass;
     const int64_t label = target[r];
     A value = 0;
@@ -111,7 +120,7 @@ forward(LossOptions o, const T* logits_, const int64_t* target_, Acc<T>* lse_, A
       const A picked = inside ? (A)widen(logits[r * o.stride + label]) : (A)NAN, s = (A)o.smoothing;
       // differences with the maximum first: they are exact where the loss is small
       value = log_mass + (1 - s) * (base_value - picked);
-      if (o.smoothing > 0) value += s * (base_value - sum.total / (A)o.classes);
+      if (o.smoothing > 0) value -= s * sum.below / (A)o.classes;
     }
     if (o.t == 1) ce[r] = value, loss[r] = penalised(value, o.penalty);
     else position[r] = value;

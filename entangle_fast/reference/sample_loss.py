@@ -26,9 +26,9 @@ def sample_loss(
     clip changes only the gradient: it is zero once CE ≥ clip.
     """
     x = logits.to(accumulate_dtype(logits))
-    lse = x.logsumexp(-1)
-    ce = _reduce(_position_loss(x, target, lse, ignore_index, label_smoothing), target, ignore_index, reduction)
-    return _clipped(ce, clip, penalty), ce, lse
+    log_p = x.log_softmax(-1)  # differences with the maximum: exact where logits are large and the loss is small
+    ce = _reduce(_position_loss(log_p, target, ignore_index, label_smoothing), target, ignore_index, reduction)
+    return _clipped(ce, clip, penalty), ce, x.amax(-1) - log_p.amax(-1)
 
 
 def _clipped(ce, clip, penalty):
@@ -38,12 +38,11 @@ def _clipped(ce, clip, penalty):
     return loss
 
 
-def _position_loss(x, target, lse, ignore_index, label_smoothing):
+def _position_loss(log_p, target, ignore_index, label_smoothing):
     kept = target != ignore_index
-    picked = x.gather(-1, torch.where(kept, target, 0).unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * picked
+    loss = (label_smoothing - 1) * log_p.gather(-1, torch.where(kept, target, 0).unsqueeze(-1)).squeeze(-1)
     if label_smoothing:
-        loss = loss - label_smoothing * x.mean(-1)
+        loss = loss - label_smoothing * log_p.mean(-1)
     return torch.where(kept, loss, 0)
 
 
@@ -99,10 +98,11 @@ def linear_sample_loss(
         x = x.to(dtype)
         inside = kept & (ids >= lo) & (ids < hi)
         picked += torch.where(inside, x.gather(1, torch.where(inside, ids - lo, 0).unsqueeze(1)).squeeze(1), 0)
-        if label_smoothing:
-            total += x.sum(1)
         top = x.amax(1, keepdim=True)
-        lse = torch.logaddexp(lse, x.sub_(top).exp_().sum(1).log().double() + top.squeeze(1))
+        below, top = x.sub_(top), top.squeeze(1).double()
+        if label_smoothing:
+            total += below.sum(1) + top * (hi - lo)
+        lse = torch.logaddexp(lse, below.exp_().sum(1).log() + top)
     position = lse - (1 - label_smoothing) * picked - label_smoothing / len(weight) * total
     ce = _reduce(torch.where(kept, position, 0).to(dtype).view(target.shape), target, ignore_index, reduction)
     return _clipped(ce, clip, penalty), ce, lse.to(dtype).view(target.shape)

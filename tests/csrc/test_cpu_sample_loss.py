@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from plain import far_logits
 
 from entangle_fast import reference
 
@@ -31,6 +32,14 @@ def test_large_logits_stay_finite(cpp):
     torch.testing.assert_close(loss, torch.zeros(2))
     grad = cpp.sample_loss_backward(torch.ones(2), logits, torch.tensor([0, 1]), ce, lse, 9.0)
     torch.testing.assert_close(grad, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("level", [-1000.0, 1000.0])
+@pytest.mark.parametrize("classes", [10, 372])
+def test_logits_far_from_zero_lose_no_digits(cpp, assert_as_good, dtype, classes, level, smoothing):
+    logits, target, plain, truth = far_logits((64, classes), dtype, level, smoothing)
+    assert_as_good(cpp.sample_loss(logits, target, math.inf, 0.0, -100, smoothing)[0], plain, truth)
 
 
 def test_labels_are_checked(cpp):

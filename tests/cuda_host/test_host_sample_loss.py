@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from plain import far_logits
 from shapes import assert_as_good
 
 from entangle_fast import reference
@@ -32,6 +33,14 @@ def test_against_the_reference(cuda, dtype, shape, options):
     truth = reference.sample_loss_backward(weights.double(), logits.double(), target, plain[1].double(), plain[2].double(), *options)
     assert mine.dtype == dtype
     assert_as_good(mine, theirs, truth)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("level", [-1000.0, 1000.0])
+@pytest.mark.parametrize("classes", [10, 1537])
+def test_logits_far_from_zero_lose_no_digits(cuda, dtype, classes, level, smoothing):
+    logits, target, plain, truth = far_logits((5, classes), dtype, level, smoothing)
+    assert_as_good(cuda.sample_loss(logits, target, math.inf, 0.0, -100, smoothing, "mean")[0], plain, truth)
 
 
 @pytest.mark.parametrize("classes", [37, 40, 1544])

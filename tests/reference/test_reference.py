@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import far_logits
 
 from entangle_fast import reference as ref
 
@@ -168,6 +169,16 @@ def test_sample_loss_is_cross_entropy(rand, smoothing, reduction):
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(ce, want)
     torch.testing.assert_close(lse, logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_far_from_zero_lose_no_digits(dtype, smoothing):
+    logits, target, plain, truth = far_logits((64, 372), dtype, 1000.0, smoothing)
+    allowed = 2 * (plain - truth).norm()
+    assert (ref.sample_loss(logits, target, label_smoothing=smoothing)[0] - truth).norm() <= allowed
+    eye = torch.eye(372, dtype=dtype)  # a layer that makes the same logits, of two chunks
+    assert (ref.linear_sample_loss(logits, eye, None, target, label_smoothing=smoothing)[0] - truth).norm() <= allowed
 
 
 @pytest.mark.parametrize("options", [

@@ -204,7 +204,7 @@ template <class T> void undo(T* __restrict theta, const T* __restrict g, const i
 
 // ---- sample_loss -------------------------------------------------------------------------------------------------
 
-template <class T> void row_sums(const T* x, int64_t count, Acc<T>* top, Acc<T>* total, Acc<T>* plain) {
+template <class T> void row_sums(const T* x, int64_t count, Acc<T>* top, Acc<T>* total, Acc<T>* below) {
   using A = Acc<T>;
   A hi = widen(x[0]);
 #pragma omp simd reduction(max : hi)
@@ -215,11 +215,11 @@ template <class T> void row_sums(const T* x, int64_t count, Acc<T>* top, Acc<T>*
   A sum = 0, all = 0;
 #pragma omp simd reduction(+ : sum, all)
   for (int64_t c = 0; c < count; ++c) {
-    const A v = widen(x[c]);
-    sum += exp_below(v - hi);
+    const A v = widen(x[c]) - hi;
+    sum += exp_below(v);
     all += v;
   }
-  *top = hi, *total = sum, *plain = all;
+  *top = hi, *total = sum, *below = all;
 }
 
 template <class T> void row_softmax(const T* __restrict x, T* __restrict out, int64_t count, Acc<T> lse, Acc<T> scale, Acc<T> shift) {

@@ -22,8 +22,8 @@ template <class T> struct Elements {
   int64_t (*lookahead)(T* theta, const T* g, int8_t* ulps, int64_t count, A alpha);
   // where ulps is -128 theta stays
   void (*undo)(T* theta, const T* g, const int8_t* ulps, int64_t count, A alpha);
-  // max, sum of exp(x - max), plain sum
-  void (*row_sums)(const T* x, int64_t count, A* top, A* total, A* plain);
+  // max, sum of exp(x - max), sum of x - max
+  void (*row_sums)(const T* x, int64_t count, A* top, A* total, A* below);
   // out = scale exp(x - lse) - shift
   void (*row_softmax)(const T* x, T* out, int64_t count, A lse, A scale, A shift);
   // between the compute type and memory

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from entangle_fast.kernels import sample_loss, w2
+from plain import far_logits
 from rule import agree, check
 
 from entangle_fast import reference
@@ -53,6 +54,15 @@ def test_extreme_logits():
     x = torch.tensor([[1e4, -1e4, 0.0], [-math.inf, 0.0, 1.0], [88.0, 89.0, 1e30]])
     target = torch.tensor([0, 1, 2])
     check(sample_loss, "sample_loss", x, target, math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.125, 1.0])  # the interpreter passes scalars as float32
+@pytest.mark.parametrize("level", [-1000.0, 1000.0])
+@pytest.mark.parametrize("classes", [10, 2049])
+def test_logits_far_from_zero_lose_no_digits(dtype, classes, level, smoothing):
+    logits, target, plain, truth = far_logits((5, classes), dtype, level, smoothing)
+    agree(sample_loss.sample_loss(logits, target, math.inf, 0.0, -100, smoothing)[0], plain, truth)
 
 
 def test_a_label_out_of_range_gives_nan_and_reads_nothing_beyond_the_row():
