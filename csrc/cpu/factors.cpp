@@ -13,6 +13,15 @@ constexpr int64_t kConvLeast = 64;                // least: each piece transpose
 
 int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// whether some window reads position q of size d
+bool in_a_window(const ConvShape& s, int d, int64_t q) {
+  for (int64_t k = 0; k < s.kernel[d]; ++k) {
+    const int64_t from = q + s.padding[d] - k * s.dilation[d];
+    if (from >= 0 && from % s.stride[d] == 0 && from / s.stride[d] < s.out[d]) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 Layer layer(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype) {
@@ -124,22 +133,29 @@ Padded::Padded(const ConvShape& s) {
   bool joined = true;
   for (int64_t r = 0; r < runs; ++r) joined &= offset[r] == r * length;
   if (joined && runs) length *= runs, runs = 1;
+  for (int d : {0, 1}) {
+    read[d].resize(s.size[d]);
+    for (int64_t q = 0; q < s.size[d]; ++q) read[d][q] = in_a_window(s, d, q);
+  }
+  for (int64_t p = 0; p < sw; ++p)  // columns whose padded position is p modulo the stride
+    for (int64_t q = ((p - s.padding[2]) % sw + sw) % sw; q < s.size[2]; q += sw)
+      if (in_a_window(s, 2, q)) columns.emplace_back(q, p * phase + (q + s.padding[2]) / sw);
 }
 
-// the border is left alone: it was zeroed once
+// The border is left alone: it was zeroed once. So is what no window reads: bfloat16 is multiplied in pairs, and behind a run of
+// odd length the zero of its pair would make a NaN of a NaN there.
 template <class T> void Padded::copy(const ConvShape& s, const T* x, int64_t channels, T* out) const {
-  const int64_t sw = s.stride[2], phase = row / sw, w = s.size[2], pw = s.padding[2];
+  const int64_t w = s.size[2];
+  const bool whole = s.stride[2] == 1 && (int64_t)columns.size() == w;
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t d = 0; d < s.size[0]; ++d)
       for (int64_t h = 0; h < s.size[1]; ++h) {
+        if (!read[0][d] || !read[1][h]) continue;
         const T* from = x + ((c * s.size[0] + d) * s.size[1] + h) * w;
         T* to = out + c * channel + (d + s.padding[0]) * plane + (h + s.padding[1]) * row;
-        if (sw == 1) {
-          std::memcpy(to + pw, from, w * sizeof(T));
-        } else {
-          for (int64_t p = 0; p < sw; ++p)  // columns whose padded position is p modulo the stride
-            for (int64_t q = ((p - pw) % sw + sw) % sw; q < w; q += sw) to[p * phase + (q + pw) / sw] = from[q];
-        }
+        if (whole) std::memcpy(to + s.padding[2], from, w * sizeof(T));
+        else
+          for (const auto& [q, at] : columns) to[at] = from[q];
       }
 }
 

@@ -72,6 +72,8 @@ ConvShape conv_shape(const Tensor& x, const Tensor& g, const std::vector<int64_t
 struct Padded {
   int64_t row, plane, channel;           // strides: a row of all phases, a plane, a channel
   std::vector<int64_t> base, offset;     // of each kernel element (all channels of a group), of each run of outputs
+  std::vector<std::pair<int64_t, int64_t>> columns;  // that some window reads: where from in x, where to in a row
+  std::vector<char> read[2];             // whether some window reads a plane, a line of x
   int64_t runs, length;
   explicit Padded(const ConvShape&);
   template <class T> void copy(const ConvShape&, const T* x, int64_t channels, T* out) const;

@@ -29,6 +29,23 @@ def test_sqnorm_conv(cpp, assert_as_good, dtype, n, c_in, c_out, size, kernel, s
     assert_as_good(cpp.sqnorm_conv(x, g, kernel, *rest), plain, truth.square().flatten(1).sum(1))
 
 
+@pytest.mark.parametrize("size,kernel,stride,padding,dilation", [
+    ((9,), (1,), (3,), (0,), (1,)), ((11,), (2,), (4,), (1,), (1,)), ((5, 7), (1, 1), (2, 2), (0, 0), (1, 1)),
+    ((4, 3), (2, 1), (1, 1), (0, 0), (3, 1)), ((5, 3, 3), (1, 3, 3), (2, 1, 1), (0, 0, 0), (1, 1, 1)), ((6,), (3,), (2,), (0,), (1,)),
+])  # fmt: skip
+def test_elements_that_no_window_reads_do_not_count(cpp, dtype, size, kernel, stride, padding, dilation):
+    rest, convolve = (stride, padding, dilation, 1), (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+    x = torch.randn(3, 2, *size, requires_grad=True)
+    out = convolve(x, torch.ones(4, 2, *kernel), None, *rest)
+    read = torch.autograd.grad(out.sum(), x)[0] != 0
+    assert not read.all()
+    x, g = x.detach().to(dtype), torch.randn_like(out).to(dtype)
+    poisoned, clean = torch.where(read, x, torch.nan), torch.where(read, x, 0)
+    torch.testing.assert_close(cpp.sqnorm_conv(poisoned, g, kernel, *rest), cpp.sqnorm_conv(clean, g, kernel, *rest), rtol=0, atol=0)
+    for route in ("tiles", "pairs"):
+        torch.testing.assert_close(*(cpp.gram_conv(v, g, kernel, *rest, None, None, route) for v in (poisoned, clean)), rtol=0, atol=0)
+
+
 def test_combine_skips_samples_without_weight(dtype, assert_as_good):
     """Rows supported on disjoint segments, as the entangled method's three means are."""
     a, b = torch.randn(12, 3, 7).to(dtype), torch.randn(12, 3, 5).to(dtype)
