@@ -5,7 +5,6 @@
 #include "binding.h"
 
 namespace ef::cuda {
-namespace {
 
 std::tuple<Tensor, Tensor> w2_sorted(const Tensor& losses, const Tensor& reference) {
   const Call call("w2_sorted", losses);
@@ -24,6 +23,8 @@ std::tuple<Tensor, Tensor> w2_sorted(const Tensor& losses, const Tensor& referen
                          data<double>(partial), data<unsigned>(counter), data<float>(value), data<float>(weights), call.stream));
   return {value, weights};
 }
+
+namespace {
 
 struct Rows {
   Tensor logits, target;
@@ -46,6 +47,8 @@ Rows rows_of(const Call& call, const Tensor& logits, const Tensor& target, doubl
                             dim == 3 && reduction == "mean"};
   return {x, torch::stable::contiguous(target), options};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> sample_loss(const Tensor& logits, const Tensor& target, double clip, double penalty,
                                                int64_t ignore_index, double label_smoothing, std::string reduction) {
@@ -73,7 +76,6 @@ Tensor sample_loss_backward(const Tensor& grad, const Tensor& logits, const Tens
   return out;
 }
 
-}  // namespace
 }  // namespace ef::cuda
 
 #ifdef EF_CUDA_HOST

@@ -99,28 +99,6 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
   return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
-// ---- bind_gram.cpp -------------------------------------------------------------------------------------------------
-
-Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::optional<Tensor> b2, std::string route);
-Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed, int64_t offset, std::string kind);
-
-// ---- bind_step.cpp -------------------------------------------------------------------------------------------------
-
-Tensor step_gram(std::vector<Tensor> tensors, int64_t k);
-void step_update(std::vector<Tensor> params, std::vector<Tensor> momentum, std::vector<Tensor> grads,
-                 std::vector<Tensor> directions, const Tensor& coef, double lr, double beta, double weight_decay, double noise,
-                 int64_t seed, int64_t offset, std::optional<Tensor> counter);
-std::tuple<Tensor, Tensor> step_project(std::vector<Tensor> directions, std::vector<Tensor> momentum, std::vector<Tensor> grads,
-                                        double beta, double ridge, double rcond);
-void step_adamw(std::vector<Tensor> params, std::vector<Tensor> exp_avg, std::vector<Tensor> exp_avg_sq, std::vector<Tensor> grads,
-                std::vector<Tensor> directions, const Tensor& coef, const Tensor& step, double lr, double beta1, double beta2,
-                double eps, double weight_decay, double noise, int64_t seed, int64_t offset, std::optional<Tensor> counter);
-
-// ---- bind_lookahead.cpp --------------------------------------------------------------------------------------------
-
-std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tensor> params, std::vector<Tensor> grads, double alpha,
-                                                               std::optional<int64_t> capacity);
-void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> ulps, const Tensor& index,
-                         const Tensor& value, double alpha);
+#include "../operations.inc"
 
 }  // namespace ef::cuda

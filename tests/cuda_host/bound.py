@@ -39,7 +39,7 @@ def _object(source: Path, more: list[str], shared: bytes) -> Path:
 
 @functools.cache
 def library() -> Path:
-    headers = [*HERE.rglob("*.h"), *HERE.rglob("*.cuh"), *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA.parent / "schema.inc"]
+    headers = [*HERE.rglob("*.h"), *HERE.rglob("*.cuh"), *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.parent.glob("*.inc")]
     shared = torch.__version__.encode() + b"".join(f.read_bytes() for f in sorted(headers))
     sources = [(f, BINDING_FLAGS) for f in sorted(CUDA.glob("*.cpp"))] + [(f, []) for f in sorted(CUDA.glob("*.cu"))]
     with ThreadPoolExecutor(2) as pool:
