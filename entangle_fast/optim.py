@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops import check as checks
 
 Tensors = Sequence[Tensor]
 
@@ -70,6 +71,7 @@ class ProjectedMomentum:
     0.7071
     """
 
+    @checks.kinds
     def __init__(
         self, params: Tensors, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, ridge: float = 0.0,
         project: str = "momentum",
@@ -82,6 +84,7 @@ class ProjectedMomentum:
         self.buffers = [torch.zeros_like(p, requires_grad=False) for p in self.params]
         self._w = torch.zeros(0)  # w on the rows of the last step's Gram
 
+    @checks.kinds
     @torch.no_grad()
     def step(
         self, grads: Tensors, directions: Sequence[Tensors], coef: Tensor | None = None, check: Callable[[Tensor], None] | None = None
@@ -147,6 +150,7 @@ class ProjectedAdamW:
     True
     """
 
+    @checks.kinds
     def __init__(
         self, params: Tensors, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, ridge: float = 0.0, noise: float = 0.0, seed: int = 0,
@@ -159,6 +163,7 @@ class ProjectedAdamW:
         self.exp_avg_sq = [torch.zeros_like(m) for m in self.exp_avg]
         self.count = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
 
+    @checks.kinds
     @torch.no_grad()
     def step(self, grads: Tensors, directions: Sequence[Tensors] = (), coef: Tensor | None = None) -> dict[str, Tensor]:
         """One step with gradient ``grads`` less its part in span(``directions``), over all parameters at once.
@@ -191,6 +196,7 @@ class ProjectedAdamW:
         _load(self.state(), state)
 
 
+@checks.kinds
 @torch.no_grad()
 def decay_noise_step(
     params: Tensors, grads: Tensors, *, lr: float, weight_decay: float = 0.0, noise: float = 0.0, seed: int = 0,

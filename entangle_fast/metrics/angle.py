@@ -1,14 +1,21 @@
 """The angle between what forgetting and what keeping ask for."""
+from __future__ import annotations
+
 import math
 
 import torch
+from torch import Tensor, nn
 
 from .. import ops
 from ..methods.process import sample_cross_entropy
 from ..methods.training import device_of, in_mode
+from ..ops import check
 
 
-def gradient_angle(model, forget, retain, *, loss=sample_cross_entropy, batch_size=1024):
+@check.kinds
+def gradient_angle(
+    model: nn.Module, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor], *, loss=sample_cross_entropy, batch_size: int = 1024
+) -> float:
     """Angle in degrees, [0, 180], between the mean-loss gradients of two sets over all trainable parameters at once.
 
     forget, retain  (x, y); x (n, ...). Gradients are added up over batches, inner products taken in float64.

@@ -1,11 +1,16 @@
 """Per-sample losses and how they are spread."""
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..methods.training import device_of, in_mode
+from ..ops import check
 
 
-def sample_losses(model, x, y, batch_size=1024):
+@check.kinds
+def sample_losses(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1024) -> Tensor:
     """Cross-entropy of each sample: (n,), at least float32, on the CPU. x (n, ...), y (n,) int64.
 
     Equivalent to: ``F.cross_entropy(model(x), y, reduction="none")``
@@ -13,9 +18,9 @@ def sample_losses(model, x, y, batch_size=1024):
     The model runs in eval mode without gradients and is left as found.
     Raises ValueError when x is empty or y does not match it.
     """
-    if len(x) == 0 or y.shape != (len(x),):
-        raise ValueError(f"x, y: got {len(x)} samples and labels of shape {tuple(y.shape)}; "
-                         "needs at least one sample, and labels of shape (n,)")
+    check.samples("x", x)
+    if y.shape != (len(x),) or y.dtype != torch.int64:
+        raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)} for {len(x)} samples; needs int64 labels ({len(x)},)")
     device, losses = device_of(model), []
     with in_mode(model, False), torch.no_grad():
         for xs, ys in zip(x.split(batch_size), y.split(batch_size)):
@@ -25,7 +30,8 @@ def sample_losses(model, x, y, batch_size=1024):
     return torch.cat(losses)
 
 
-def loss_distribution(losses, quantiles=(0.05, 0.25, 0.5, 0.75, 0.95)):
+@check.kinds
+def loss_distribution(losses: Tensor, quantiles=(0.05, 0.25, 0.5, 0.75, 0.95)) -> dict:
     """Mean, extremes and quantiles of losses (n,), as plain floats.
 
     Returns {"mean", "min", "max", "quantiles": {q: value}}; quantiles interpolate linearly, in float64.

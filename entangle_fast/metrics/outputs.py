@@ -2,6 +2,7 @@
 import torch
 
 from ..methods.training import device_of, in_mode
+from ..ops import check
 
 
 def logits(model, x, y=None, batch_size=1024):
@@ -10,8 +11,7 @@ def logits(model, x, y=None, batch_size=1024):
     y (n,) int64, where given, is checked against them. Raises ValueError when x is empty, the output is not (n, C), C >= 2,
     or y does not fit; FloatingPointError when logits are not finite.
     """
-    if len(x) == 0:
-        raise ValueError("x: got 0 samples, needs at least one")
+    check.samples("x", x)
     device, found = device_of(model), []
     with in_mode(model, False), torch.no_grad():
         for batch in x.split(batch_size):

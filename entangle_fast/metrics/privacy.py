@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..ops import check
 from .outputs import logit_confidence, logits
 
 ATTACKS = ("loss", "entropy", "modified_entropy", "classifier", "population", "ulira")
@@ -45,8 +46,10 @@ class Membership:
                 "members": self.members, "nonmembers": self.nonmembers}
 
 
+@check.kinds
 def membership(
-    model, members, nonmembers, *, attacks=("loss", "entropy", "classifier"), population=None, shadows=None, seed: int = 0,
+    model: nn.Module, members: tuple[Tensor, Tensor], nonmembers: tuple[Tensor, Tensor], *, attacks=("loss", "entropy", "classifier"),
+    population: tuple[Tensor, Tensor] | None = None, shadows: tuple[Tensor, Tensor] | None = None, seed: int = 0,
     tolerance: float = 0.05, batch_size: int = 1024,
 ) -> Membership:  # fmt: skip
     """Attack a model's membership. For unlearning: members = forget training samples, nonmembers = test samples of the

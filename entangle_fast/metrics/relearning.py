@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.training import batch_order, device_of, in_mode
+from ..ops import check
 from ..progress import shown
 from .accuracy import accuracy
 from .losses import sample_losses
@@ -126,8 +127,10 @@ class Relearning:
         return f"{self.attacker}: {middle} steps ({low} to {high}, {len(self.seeds)} seeds)"
 
 
+@check.kinds
 def relearn(
-    model: nn.Module, original: nn.Module, forget: tuple[Tensor, Tensor], *, test=None, retain=None, attacker: str = "sgd",
+    model: nn.Module, original: nn.Module, forget: tuple[Tensor, Tensor], *, test: tuple[Tensor, Tensor] | None = None,
+    retain: tuple[Tensor, Tensor] | None = None, attacker: str = "sgd",
     share: float = 1.0, lr: float | None = None, momentum: float = 0.0, batch: int = 64, steps: int = 200,
     seeds: int | Sequence[int] = 10, tolerance: float = 0.05, eval_every: int = 1, eval_samples: int | None = 256,
     shots: int = 5, head: str | None = None, batched: str = "auto", progress: bool = True,
@@ -205,6 +208,7 @@ def relearn(
     )  # fmt: skip
 
 
+@check.kinds
 def anamnesis(unlearned: Relearning, retrained: Relearning, tau: float = 0.05, by: str = "accuracy") -> float:
     """Anamnesis Index (Chundawat et al., arXiv 2201.05629): relearning steps of the unlearned over those of a retrained model.
 

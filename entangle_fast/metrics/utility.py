@@ -1,13 +1,20 @@
 """What is left of a model after unlearning, set by set: accuracy, calibration, distance to a retrained model."""
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ..ops import check
 from .outputs import check_labels, logits
 
 BINNINGS = ("mass", "width")
 
 
-def utility(model, sets, *, retrained=None, bins=15, binning="mass", batch_size=1024):
+@check.kinds
+def utility(
+    model: nn.Module, sets, *, retrained: nn.Module | None = None, bins=15, binning="mass", batch_size: int = 1024
+) -> dict:
     """Figures of each set, as plain floats.
 
     sets       a `tasks.Sets` (its test samples, per class by fine class name), or a mapping of names to (x, y) (per class

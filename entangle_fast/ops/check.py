@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import numbers
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def require(condition: bool, message: str) -> None:
@@ -38,6 +42,14 @@ def real(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.is_complex():
             raise ValueError(f"{name}: dtype {x.dtype} is complex; needs a real one: take .real")
+
+
+def per_sample(**losses: Tensor) -> None:
+    """(n,), n >= 1, of a real floating-point dtype."""
+    for name, x in losses.items():
+        if x.dim() != 1 or not len(x):
+            raise ValueError(f"{name}: shape {tuple(x.shape)}; needs per-sample losses (n,), n >= 1")
+    floating(**losses)
 
 
 def ridge(value: float) -> None:
@@ -111,3 +123,105 @@ def in_table(ids: Tensor, rows: int) -> None:
 
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     require(value in known, f"{name}: got {value!r}; needs one of {', '.join(map(repr, known))}")
+
+
+# ---- kinds ----
+
+
+def kinds(function: Callable) -> Callable:
+    """Where ``function`` fails on an argument that is not what its annotation says, raise TypeError naming that argument, what it
+    got, what it needs and the mend.
+
+    Looked at after a failure only, so that a call that works pays nothing for it. Annotations that no row of _KINDS knows pass.
+    Of a class its __init__.
+    """
+    if isinstance(function, type):
+        function.__init__ = kinds(function.__init__)
+        return function
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            name, wrong = _wrong_argument(function, args, kwargs)
+            if not wrong or (isinstance(error, ValueError) and str(error).startswith(name)):
+                raise
+            raise TypeError(wrong) from error
+
+    return checked
+
+
+def _wrong_argument(function: Callable, args: tuple, kwargs: dict) -> tuple[str, str]:
+    """The first argument of a wrong kind, and what is wrong with it."""
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:  # an argument is missing or unknown: Python has said so
+        return "", ""
+    for name, value in given.items():
+        wanted = str(function.__annotations__.get(name, "")).split(" | ")
+        if all(kind in _KINDS for kind in wanted):
+            if all(found := [_KINDS[kind](name, value) for kind in wanted]):
+                return name, found[0]
+    return "", ""
+
+
+def _kind(types: type | tuple[type, ...], needs: str) -> Callable:
+    return lambda name, x: "" if isinstance(x, types) else f"{name}: got {_got(x)}; needs {needs}"
+
+
+def _got(x) -> str:
+    return "None" if x is None else f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+
+
+def _tensor(name: str, x) -> str:
+    if isinstance(x, Tensor):
+        return ""
+    mend = "give one" if x is None else "torch.from_numpy(...)" if hasattr(x, "__array__") else "torch.stack or torch.tensor(...)"
+    return f"{name}: got {_got(x)}; needs a torch.Tensor: {mend}"
+
+
+def _several(item: Callable, needs: str, exactly: int | None = None) -> Callable:
+    def find(name: str, xs) -> str:
+        listed = isinstance(xs, (list, tuple))
+        if not listed and (exactly or isinstance(xs, (str, dict)) or hasattr(xs, "__array__") or not isinstance(xs, Iterable)):
+            return f"{name}: got {_got(xs)}; needs {needs}"
+        if not listed:
+            return ""  # an iterator is used up by now
+        if exactly and len(xs) != exactly:
+            return f"{name}: got {len(xs)} values; needs {needs}"
+        return next(filter(None, (item(f"{name}[{i}]", x) for i, x in enumerate(xs))), "")
+
+    return find
+
+
+def tensor(name: str, x) -> None:
+    """Raise TypeError unless x is a tensor."""
+    if wrong := _tensor(name, x):
+        raise TypeError(wrong)
+
+
+def samples(name: str, x) -> None:
+    """Raise TypeError unless x is a tensor, ValueError unless it holds samples (n, ...), n >= 1."""
+    tensor(name, x)
+    require(x.dim() > 0, f"{name}: got a 0-d tensor; needs samples (n, ...)")
+    require(len(x) > 0, f"{name}: got 0 samples, needs at least one")
+
+
+_tensors = _several(_tensor, "a list of tensors")
+_pair = _several(_tensor, "a pair of tensors", 2)
+_number = _kind((numbers.Real, Tensor), "a number")
+_KINDS: dict[str, Callable] = {
+    "Tensor": _tensor,
+    "torch.Tensor": _tensor,
+    "Tensors": _tensors,
+    "Sequence[Tensors]": _several(_tensors, "a list of lists of tensors"),
+    "tuple[Tensor, Tensor]": _pair,
+    "Layers": _several(_pair, "a list of pairs (a, b) of tensors"),
+    "float": _number,
+    "int": _kind((numbers.Integral, Tensor), "a whole number"),
+    "tuple[float, float]": _several(_number, "two numbers", 2),
+    "str": _kind(str, "a string"),
+    "nn.Module": _kind(nn.Module, "a torch.nn.Module"),
+    "None": lambda name, x: "" if x is None else f"{name}: got {_got(x)}; needs None",
+}

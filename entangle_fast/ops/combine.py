@@ -13,6 +13,7 @@ def _weights(w: Tensor, n: int) -> None:
     check.real(w=w)
 
 
+@check.kinds
 def combine(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     """Weighted sums of a linear layer's per-sample gradients.  a (n,[t,]d_in), b (n,[t,]d_out), w (m,n) → (m,d_out,d_in).
 
@@ -24,6 +25,7 @@ def combine(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     return call("combine", a, b, w)
 
 
+@check.kinds
 def combine_conv(
     x: Tensor, g: Tensor, w: Tensor, kernel_size, *, stride=1, padding=0, dilation=1, groups: int = 1
 ) -> Tensor:
@@ -40,6 +42,7 @@ def combine_conv(
     return call("combine_conv", x, g, w, *shape, groups)
 
 
+@check.kinds
 def combine_embedding(
     ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, *, padding_idx: int | None = None
 ) -> Tensor:

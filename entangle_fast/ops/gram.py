@@ -13,6 +13,7 @@ Layers = Sequence[tuple[Tensor, Tensor]]
 ROUTES = ("auto", "rows", "pairs", "tiles")
 
 
+@check.kinds
 def gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None, *, route: str = "auto") -> Tensor:
     """Gram of a linear layer's per-sample weight gradients G_i = Σ_t b_it a_itᵀ, without forming all of them.
 
@@ -61,6 +62,7 @@ def _layers(name: str, layers: Layers, like: Layers) -> None:
         check.same_dtype(**{here: a, "layers[0]": like[0][0]})
 
 
+@check.kinds
 def gram_layers(layers: Layers, others: Layers | None = None) -> Tensor:
     """Gram of many linear layers' per-sample weight gradients, one position each: their row-form Grams, added up in one call.
 
@@ -77,7 +79,7 @@ def gram_layers(layers: Layers, others: Layers | None = None) -> Tensor:
     check.require(len(layers) > 0, "layers: got none; needs the factors (a, b) of at least one layer")
     _layers("layers", layers, layers)
     if others is not None:
-        check.require(len(others) == len(layers), f"others: {len(others)} layers against {len(layers)} in layers")
+        check.require(len(others) == len(layers), f"others: {len(others)} layers against {len(layers)} in layers; needs as many")
         _layers("others", others, layers)
         for l, ((a, b), (a2, b2)) in enumerate(zip(layers, others)):
             if a.shape[1] != a2.shape[1] or b.shape[1] != b2.shape[1]:
@@ -87,6 +89,7 @@ def gram_layers(layers: Layers, others: Layers | None = None) -> Tensor:
     return call("gram_layers", list(a), list(b), list(a2), list(b2))
 
 
+@check.kinds
 def gram_conv(
     x: Tensor, g: Tensor, kernel_size, *, stride=1, padding=0, dilation=1, groups: int = 1,
     x2: Tensor | None = None, g2: Tensor | None = None, route: str = "auto",
@@ -124,6 +127,7 @@ def gram_conv(
     return call("gram_conv", x, g, *shape, groups, x2, g2, route)
 
 
+@check.kinds
 def gram_embedding(
     ids: Tensor, b: Tensor, ids2: Tensor | None = None, b2: Tensor | None = None, *, padding_idx: int | None = None
 ) -> Tensor:

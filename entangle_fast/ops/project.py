@@ -8,6 +8,7 @@ from ..dispatch import call
 from . import check
 
 
+@check.kinds
 def project(a: Tensor, b: Tensor, basis: Tensor) -> Tensor:
     """<Σ_t b_it a_itᵀ, D_k>.  a (n,[t,]d_in), b (n,[t,]d_out), basis (k, d_out, d_in) → (n, k).
 
@@ -21,6 +22,7 @@ def project(a: Tensor, b: Tensor, basis: Tensor) -> Tensor:
     return call("project", a, b, basis)
 
 
+@check.kinds
 def project_conv(x: Tensor, g: Tensor, basis: Tensor, *, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor:
     """A convolution's per-sample weight gradients onto k directions.
 
@@ -38,6 +40,7 @@ def project_conv(x: Tensor, g: Tensor, basis: Tensor, *, stride=1, padding=0, di
     return call("project_conv", x, g, basis, *shape, groups)
 
 
+@check.kinds
 def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, *, padding_idx: int | None = None) -> Tensor:
     """A lookup table's per-sample gradients onto k directions.  ids (n,t), b (n,t,d), basis (k, num_embeddings, d) → (n, k).
 
@@ -52,6 +55,7 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, *, padding_idx: int
     return call("project_embedding", ids, b, basis, -1 if padding_idx is None else padding_idx)
 
 
+@check.kinds
 def project_random(a: Tensor, b: Tensor, k: int, *, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
     """Per-sample gradients of a linear layer onto k random directions that are generated, not stored, (n, k).
 

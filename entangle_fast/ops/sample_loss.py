@@ -24,6 +24,7 @@ def _validate(rows: tuple[int, ...], target: Tensor, clip, penalty, label_smooth
     check.choice("reduction", reduction, ("mean", "sum"))
 
 
+@check.kinds
 def sample_loss(
     logits: Tensor, target: Tensor, *, clip: float = math.inf, penalty: float = 0.0, ignore_index: int = -100,
     label_smoothing: float = 0.0, reduction: str = "mean",
@@ -52,6 +53,7 @@ def sample_loss(
     return call("sample_loss", logits, target, clip, penalty, ignore_index, label_smoothing, reduction)[0]
 
 
+@check.kinds
 def linear_sample_loss(
     h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, clip: float = math.inf,
     penalty: float = 0.0, ignore_index: int = -100, label_smoothing: float = 0.0, reduction: str = "mean",
@@ -65,7 +67,9 @@ def linear_sample_loss(
 
     Equivalent to: ``sample_loss(F.linear(h, weight, bias), target)``, with the same options
     """
-    check.require(weight.dim() == 2 and h.dim() == target.dim() + 1 and h.shape[-1] == weight.shape[1],
+    check.require(h.dim() == target.dim() + 1 and h.dim() > 1,
+                  f"h: shape {tuple(h.shape)} for target {tuple(target.shape)}; needs one more dimension, the features")  # fmt: skip
+    check.require(weight.dim() == 2 and h.shape[-1] == weight.shape[1],
                   f"weight: shape {tuple(weight.shape)} does not go with h {tuple(h.shape)}; needs (C, {h.shape[-1]})")  # fmt: skip
     check.require(bias is None or bias.shape == weight.shape[:1], f"bias: needs shape ({weight.shape[0]},) or None")
     check.same_device(h=h, weight=weight, bias=bias, target=target)

@@ -8,6 +8,7 @@ from ..dispatch import call
 from . import check
 
 
+@check.kinds
 def sqnorm(a: Tensor, b: Tensor) -> Tensor:
     """‖Σ_t b_it a_itᵀ‖² for each sample.  a (n,[t,]d_in), b (n,[t,]d_out) → (n,).
 
@@ -17,6 +18,7 @@ def sqnorm(a: Tensor, b: Tensor) -> Tensor:
     return call("sqnorm", a, b)
 
 
+@check.kinds
 def sqnorm_conv(x: Tensor, g: Tensor, kernel_size, *, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor:
     """Squared norms of a convolution's per-sample weight gradients.  x (n,C_in,*size), g (n,C_out,*out) → (n,).
 
@@ -27,6 +29,7 @@ def sqnorm_conv(x: Tensor, g: Tensor, kernel_size, *, stride=1, padding=0, dilat
     return call("sqnorm_conv", x, g, *shape, groups)
 
 
+@check.kinds
 def sqnorm_embedding(ids: Tensor, b: Tensor, *, padding_idx: int | None = None) -> Tensor:
     """Squared norms of a lookup table's per-sample gradients.  ids (n,t), b (n,t,d) → (n,).
 

@@ -115,6 +115,7 @@ def _scalar(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensors
                          f"{' or '.join(map(str, dtypes))} on the parameters' device")  # fmt: skip
 
 
+@check.kinds
 def step_gram(directions: Sequence[Tensors]) -> Tensor:
     """Gram of k directions over all parameters at once, accumulated in float64.
 
@@ -127,6 +128,7 @@ def step_gram(directions: Sequence[Tensors]) -> Tensor:
     return call("step_gram", _flat(directions[0], directions), len(directions))
 
 
+@check.kinds
 def step_project(
     directions: Sequence[Tensors], momentum: Tensors | None, grads: Tensors, *, beta: float = 0.0, ridge: float = 0.0,
     rcond: float | None = None,
@@ -160,6 +162,7 @@ def step_project(
     return call("step_project", flat, list(momentum or ()), list(grads), beta, ridge, rcond)
 
 
+@check.kinds
 def step_update(
     params: Tensors, momentum: Tensors | None, grads: Tensors, directions: Sequence[Tensors], coef: Tensor, *,
     lr: float, beta: float = 0.0, weight_decay: float = 0.0, noise: float = 0.0, seed: int = 0, offset: int = 0,
@@ -190,6 +193,7 @@ def step_update(
              lr, beta, weight_decay, noise, seed, offset, counter)  # fmt: skip
 
 
+@check.kinds
 def step_adamw(
     params: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, grads: Tensors, directions: Sequence[Tensors], coef: Tensor,
     step: Tensor, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
@@ -230,6 +234,7 @@ def step_adamw(
              lr, *betas, eps, weight_decay, noise, seed, offset, counter)  # fmt: skip
 
 
+@check.kinds
 def step_lookahead(
     params: Tensors, grads: Tensors, alpha: float, capacity: int | None = None
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
@@ -263,6 +268,7 @@ def step_lookahead(
         return call("step_lookahead", list(params), list(grads), alpha, capacity)
 
 
+@check.kinds
 def step_lookahead_undo(params: Tensors, grads: Tensors, residue: tuple, alpha: float) -> None:
     """Restore the bits that every parameter had before step_lookahead(params, grads, alpha) returned ``residue``.
 

@@ -9,12 +9,11 @@ from . import check
 
 
 def _losses(losses: Tensor, reference: Tensor) -> None:
-    for name, x in (("losses", losses), ("reference", reference)):
-        check.require(x.dim() == 1 and len(x) > 0, f"{name}: shape {tuple(x.shape)}; needs per-sample losses (n,), n >= 1")
+    check.per_sample(losses=losses, reference=reference)
     check.same_device(losses=losses, reference=reference)
-    check.floating(losses=losses, reference=reference)
 
 
+@check.kinds
 def w2_sorted(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Exact W2² between the distributions of two sets of losses (methods.md §1, the paper's closed form).
 
@@ -26,6 +25,7 @@ def w2_sorted(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return call("w2_sorted", losses, reference)
 
 
+@check.kinds
 def w2_moments(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """(μ − μ̄)² + (σ − σ̄)²: W2² between Gaussians with the two sets' moments (population σ).
 
@@ -37,6 +37,7 @@ def w2_moments(losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return call("w2_moments", losses, reference)
 
 
+@check.kinds
 def w2_features(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """W2² between Gaussians fitted to two sets of feature vectors (Bures metric).
 

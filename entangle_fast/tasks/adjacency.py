@@ -1,10 +1,15 @@
 """Which retain samples are entangled with the forget set: by label hierarchy, or by neighbours in an embedding."""
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ..methods.training import device_of, in_mode
+from ..ops import check
+from .sets import check_labels
 
 _BLOCK = 1 << 22  # distances held at once: 32 MiB in float64
 
@@ -24,25 +29,30 @@ class Agreement(NamedTuple):
     base_rate: float
 
 
-def by_label(fine, forget, superclass_of):
+@check.kinds
+def by_label(fine: Tensor, forget, superclass_of: Tensor) -> Tensor:
     """Adjacent by label hierarchy: fine classes that share a superclass with a forget class and are not forgotten.
 
     fine           (n,) int64 fine labels
     forget         indices of the forgotten fine classes
     superclass_of  (classes,) int64, fine class -> superclass
-    Returns (n,) bool.
+    Returns (n,) bool. Raises ValueError for labels that are not (n,) int64, or outside [0, classes).
 
     >>> import torch, entangle_fast as ef
     >>> ef.tasks.by_label(torch.tensor([0, 1, 2, 1]), [0], superclass_of=torch.tensor([0, 0, 1]))
     tensor([False,  True, False,  True])
     """
+    check.samples("superclass_of", superclass_of)
+    check_labels("fine", fine, superclass_of)
+    check.require(superclass_of.dim() == 1, f"superclass_of: got shape {tuple(superclass_of.shape)}; needs (classes,)")
     forgotten = torch.zeros(len(superclass_of), dtype=torch.bool)
     forgotten[torch.as_tensor(forget, dtype=torch.int64)] = True
     near = torch.isin(superclass_of, superclass_of[forgotten]) & ~forgotten
     return near[fine]
 
 
-def by_knn(embed_forget, embed_retain, k=20, top=0.10):
+@check.kinds
+def by_knn(embed_forget: Tensor, embed_retain: Tensor, k: int = 20, top: float = 0.10) -> Neighbours:
     """Adjacent by neighbours: the `top` share of retain samples that are in most forget samples' lists of k nearest.
 
     embed_forget (f, d), embed_retain (r, d): floating point, finite. Distance is Euclidean, in float64.
@@ -86,7 +96,8 @@ def by_knn(embed_forget, embed_retain, k=20, top=0.10):
     return Neighbours(order[scores[order] > 0], scores)
 
 
-def agreement(indices, adjacent):
+@check.kinds
+def agreement(indices: Tensor, adjacent: Tensor) -> Agreement:
     """Precision and recall of chosen samples against a label hierarchy's answer.
 
     indices   (m,) int64, the chosen retain samples (from `by_knn`)
@@ -97,14 +108,19 @@ def agreement(indices, adjacent):
     >>> ef.tasks.agreement(torch.tensor([1, 3]), torch.tensor([False, True, True, False]))
     Agreement(precision=0.5, recall=0.5, base_rate=0.5)
     """
+    check.samples("adjacent", adjacent)
+    check.require(adjacent.dim() == 1 and adjacent.dtype == torch.bool,
+                  f"adjacent: got {adjacent.dtype} of shape {tuple(adjacent.shape)}; needs bool (r,)")  # fmt: skip
+    check_labels("indices", indices, adjacent)
     if len(indices) == 0 or not adjacent.any():
-        raise ValueError(f"agreement: got {len(indices)} indices and {int(adjacent.sum())} adjacent samples; "
+        raise ValueError(f"indices, adjacent: got {len(indices)} indices and {int(adjacent.sum())} adjacent samples; "
                          "needs at least one of each")
     hits = int(adjacent[indices].sum())
     return Agreement(hits / len(indices), hits / int(adjacent.sum()), int(adjacent.sum()) / len(adjacent))
 
 
-def embed(model, x, layer=None, batch_size=512):
+@check.kinds
+def embed(model: nn.Module, x: Tensor, layer: str | None = None, batch_size: int = 512) -> Tensor:
     """Features of x: what goes into the model's last nn.Linear, or into the module named `layer`.
 
     x (n, ...) float. Returns (n, d) on the CPU, in the model's dtype. "Last" is in the order of registration.
@@ -118,8 +134,7 @@ def embed(model, x, layer=None, batch_size=512):
     >>> ef.tasks.embed(torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.randn(6, 5)).shape
     torch.Size([6, 8])
     """
-    if len(x) == 0:
-        raise ValueError("x: got 0 samples, needs at least one")
+    check.samples("x", x)
     modules = dict(model.named_modules())
     if layer is None:
         layer = next((n for n in reversed(modules) if isinstance(modules[n], torch.nn.Linear)), None)

@@ -1,13 +1,17 @@
 """The task of forgetting whole classes of images."""
+from __future__ import annotations
+
 import difflib
 from dataclasses import dataclass, field
 
 import torch
 
+from ..ops import check
 from .adjacency import by_knn, by_label, embed
 from .sets import Sets, Triple, check_labels
 
 
+@check.kinds
 @dataclass
 class ImageClasses:
     """Images with fine classes, maybe grouped in superclasses, and the fine classes to forget.
@@ -33,10 +37,10 @@ class ImageClasses:
     class_names: tuple
     forget: tuple = field(kw_only=True)
     superclass_names: tuple = ()
-    superclass_of: torch.Tensor = None
+    superclass_of: torch.Tensor | None = None
     labels: str = "super"
-    mean: torch.Tensor = None
-    std: torch.Tensor = None
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
     source: str = ""
 
     def __post_init__(self):
@@ -45,9 +49,9 @@ class ImageClasses:
             if x.dim() != 4 or x.dtype != torch.uint8 or len(x) == 0:
                 raise ValueError(f"{split}_x: got shape {tuple(x.shape)} and {x.dtype}; "
                                  "needs (N, C, H, W) uint8, N > 0")
+            check_labels(f"{split}_y", y, self.class_names)
             if len(x) != len(y):
                 raise ValueError(f"{split}_y: got {len(y)} labels for {len(x)} images; needs one each")
-            check_labels(f"{split}_y", y, self.class_names)
         if self.train_x.shape[1:] != self.test_x.shape[1:]:
             raise ValueError(f"test_x: got images of {tuple(self.test_x.shape[1:])}, train_x has "
                              f"{tuple(self.train_x.shape[1:])}; needs the same (C, H, W)")

@@ -1,4 +1,6 @@
 """A small model for the demo, and models and weights by name."""
+from __future__ import annotations
+
 import difflib
 import importlib
 import pickle
@@ -7,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..ops import check
 from ..storage import CheckpointError, load_tensors
 
 
@@ -36,7 +39,8 @@ class SmallCNN(nn.Module):
 MODELS = {"small_cnn": SmallCNN}
 
 
-def load_model(name, **kwargs):
+@check.kinds
+def load_model(name: str, **kwargs) -> nn.Module:
     """Make a model: a name in `MODELS`, or "package.module:factory", which is imported and called with kwargs.
 
     Raises ValueError for an unknown name, TypeError when the factory gives no nn.Module; errors of the import and of
@@ -64,7 +68,8 @@ def load_model(name, **kwargs):
     return model
 
 
-def load_weights(model, path):
+@check.kinds
+def load_weights(model: nn.Module, path) -> nn.Module:
     """Load a state dict into `model`, in place: ``.safetensors``, or a torch file (read with weights_only=True).
 
     A torch file may hold the state dict itself or have it under "state_dict". Values are cast to the model's

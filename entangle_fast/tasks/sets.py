@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ops import check
+
 
 class Triple(NamedTuple):
     """One thing for each of the three sets."""
@@ -71,7 +73,8 @@ class Sets:
 
 
 def check_labels(name, y, names):
-    """Raise ValueError unless y is (n,) int64 with values in [0, len(names))."""
+    """Raise ValueError, or TypeError for no tensor, unless y is (n,) int64 with values in [0, len(names))."""
+    check.tensor(name, y)
     if y.dim() != 1 or y.dtype != torch.int64:
         raise ValueError(f"{name}: got labels of shape {tuple(y.shape)} and {y.dtype}; needs (n,) int64")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(names):

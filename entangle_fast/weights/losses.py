@@ -12,17 +12,17 @@ from .. import ops
 from ..ops import check
 
 
+@check.kinds
 def means(losses: Tensor) -> Tensor:
     """1/n for each sample: the gradient of the mean loss.  losses (n,) → (n,).
 
     Equivalent to: ``torch.autograd.grad(losses.mean(), losses)[0]``
     """
-    if losses.dim() != 1 or not len(losses):
-        raise ValueError(f"losses: shape {tuple(losses.shape)}; needs per-sample losses (n,), n >= 1")
-    check.floating(losses=losses)  # an integer 1/n is 0
+    check.per_sample(losses=losses)  # floating, too: an integer 1/n is 0
     return torch.full_like(losses, 1 / len(losses)).detach()
 
 
+@check.kinds
 def clipped(losses: Tensor, clip: float, penalty: float = 0.0) -> Tensor:
     """Weights of the mean clipped forget loss of stage 1 (methods.md §1, from the authors' code).
 
@@ -46,6 +46,7 @@ class Lagrangian:
     multiplier: Tensor
 
 
+@check.kinds
 def lagrangian(
     forget: Tensor, remote: Tensor, remote_start: Tensor | float, multiplier: Tensor, *, mu: float = 10.0,
     gamma: float = 1.0, clip: float = 10.0, penalty: float = 0.0,
@@ -65,7 +66,8 @@ def lagrangian(
     torch.autograd.grad(-gamma * forget.clamp(max=clip).mean() + multiplier * h + mu / 2 * h**2, (forget, remote))`` for the weights,
     without the penalty
     """
-    check.floating(forget=forget, remote=remote)
+    check.per_sample(forget=forget, remote=remote)
+    check.require(getattr(multiplier, "ndim", 0) == 0, f"multiplier: got {multiplier}; needs a 0-d tensor")
     h = remote.detach().mean() - remote_start
     return Lagrangian(
         forget=-gamma * clipped(forget, clip, penalty),
@@ -78,6 +80,7 @@ def lagrangian(
 W2_KINDS = ("sorted", "moments", "features")
 
 
+@check.kinds
 def w2(values: Tensor, reference: Tensor, kind: str = "sorted") -> tuple[Tensor, Tensor]:
     """W2² to a frozen reference, and its weights: the gradient is Σ_i w_i g_i (methods.md §1, stage 2).
 
@@ -94,11 +97,14 @@ def w2(values: Tensor, reference: Tensor, kind: str = "sorted") -> tuple[Tensor,
     """
     if kind not in W2_KINDS:
         raise ValueError(f"kind: got {kind!r}; needs one of {', '.join(W2_KINDS)}")
+    if kind != "features":  # or the operation would speak of losses
+        check.per_sample(values=values, reference=reference)
     f = {"sorted": ops.w2_sorted, "moments": ops.w2_moments, "features": ops.w2_features}[kind]
     value, weights = f(values.detach(), reference)
     return value, weights
 
 
+@check.kinds
 def clipped_norms(sqnorms: Tensor, bound: float) -> Tensor:
     """min(1, bound/‖g_i‖): the weights of per-sample clipping (DP-SGD; Abadi et al., CCS 2016).  (n,) → (n,).
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..ops import check
 
 
+@check.kinds
 def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """PCGrad (Yu et al., NeurIPS 2020): each gradient gives up its component along those it conflicts with.
 
@@ -35,6 +36,7 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     return _loud(k, total)
 
 
+@check.kinds
 def upgrad(gram: Tensor, *, preference: Tensor | None = None, ridge: float = 1e-10, sweeps: int = 1000) -> Tensor:
     """UPGrad (Quinton & Rey, arXiv 2406.16232): each gradient projected onto the dual cone of all, then averaged.
 

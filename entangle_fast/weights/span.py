@@ -18,6 +18,7 @@ def _square(k: Tensor, name: str) -> Tensor:
     return k.double()
 
 
+@check.kinds
 def solve(gram: Tensor, rhs: Tensor, *, ridge: float = 0.0, rcond: float | None = None) -> Tensor:
     """c with (K + ridge·I) c = rhs, float64; a rank-deficient K without a ridge gets a solution of least norm.
 
@@ -59,6 +60,7 @@ def _moments(cross: Tensor, u: Tensor | None) -> Tensor:
     return cross.double() @ u.double()
 
 
+@check.kinds
 def project_onto(
     gram: Tensor, cross: Tensor, u: Tensor | None = None, *, ridge: float = 0.0, rcond: float | None = None
 ) -> Tensor:
@@ -76,6 +78,7 @@ def project_onto(
     return solve(gram, _moments(cross, u), ridge=ridge, rcond=rcond)
 
 
+@check.kinds
 def project_away(
     gram: Tensor, cross: Tensor, u: Tensor | None = None, *, ridge: float = 0.0, rcond: float | None = None
 ) -> Tensor:
@@ -94,6 +97,7 @@ def project_away(
     return -project_onto(gram, cross, u, ridge=ridge, rcond=rcond)
 
 
+@check.kinds
 def damped(gram: Tensor, cross: Tensor, u: Tensor | None = None, *, damping: float) -> tuple[float, Tensor]:
     """The damped Newton direction (λI + GᵀG/n)⁻¹ v by Woodbury (methods.md §4).
 
