@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 from . import config as configs
 from . import demo, job, storage
 from .methods import METHODS
-from .progress import shown
+from .progress import say, shown
 
 CONFIG, CELLS, MODELS = "config.toml", "cells", "models"
 ORIGINAL, RETRAIN, TRAIN = "original", "retrain", "train"  # TRAIN makes the original model; ORIGINAL measures it
@@ -165,6 +166,10 @@ def run(config: CompareConfig) -> dict:
     todo = [task for task in tasks if not task.done(folder)]
     for task in todo:
         task.made(folder).unlink(missing_ok=True)
+    if todo:
+        finished = f", {len(tasks) - len(todo)} finished before" if len(todo) < len(tasks) else ""
+        say(options.progress, f"compare: {len(todo)} cells to run{finished} (methods: {len(methods)}, seeds: {options.seeds}), "
+            f"{options.jobs} at a time; how long they take is told after the first that is measured")  # fmt: skip
     try:
         _drive(folder, todo, options)
     except KeyboardInterrupt:
@@ -253,6 +258,7 @@ def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     crew = _Crew(folder, max(1, cores // options.jobs), options.jobs)
     pending, running, failed = list(todo), {}, set()
+    began, took = {}, []  # when a cell began; seconds of those that were measured
 
     def blocked(task: Task) -> bool:
         before = {TRAIN: (), RETRAIN: (TRAIN,)}.get(task.what, (TRAIN, RETRAIN))
@@ -268,11 +274,15 @@ def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
                 while len(running) < options.jobs and (ready := [t for t in pending if not blocked(t)]):
                     pending.remove(ready[0])
                     running[pool.submit(crew.work, ready[0])] = ready[0]
+                    began[ready[0]] = time.monotonic()
                 left = len(pending) + len(running)
-                advance(len(todo) - left, ", ".join(f"{t.what.replace('_', ' ')} {t.seed}" for t in running.values()))
+                text = ", ".join(f"{t.what.replace('_', ' ')} {t.seed}" for t in running.values())
+                advance(len(todo) - left, f"{text}; {_rest(took, left, options.jobs)}" if took else text)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task: Task = running.pop(future)
                     error = future.result()
+                    if task.what != TRAIN and task.done(folder):
+                        took.append(time.monotonic() - began[task])
                     if not task.made(folder).is_file():
                         failed.add(task)
                         _note_failure(folder, task, error or "nothing was written")
@@ -280,6 +290,14 @@ def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
         except BaseException:
             crew.stop()
             raise
+
+
+def _rest(took: list[float], left: int, jobs: int) -> str:
+    """How long ``left`` cells take if they take as long as those before them."""
+    minutes = sum(took) / len(took) * left / min(jobs, left) / 60
+    if minutes < 1:
+        return "less than a minute left"
+    return f"about {minutes:.0f} min left" if minutes < 90 else f"about {minutes / 60:.1f} h left"
 
 
 def _note_failure(folder: Path, task: Task, error: str) -> None:

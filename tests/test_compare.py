@@ -120,11 +120,24 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, inline, monkeypatch, capsys):
     inline.clear()
     found = compare.run(settings(tmp_path / "cut", progress=True))
     assert inline == [Task("gradient_ascent", 0)]
-    lines = [re.sub(r"\d+ s", "0 s", line) for line in capsys.readouterr().err.splitlines()]
+    lines = [re.sub(r"\d+ s\b", "0 s", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines.pop(0).startswith("compare: 1 cells to run, 3 finished before (methods: 2, seeds: 1), 1 at a time;")
     assert lines == ["compare: 0 of 1 cells, 0 s", "compare: 0 of 1 cells, 0 s, gradient ascent 0", "compare: 1 of 1 cells, 0 s, done"]
     for name in whole["methods"]:
         a, b = ({k: v for k, v in r["methods"][name]["seeds"][0].items() if k not in ("seconds", "peak_mb")} for r in (whole, found))
         assert a == b, name
+
+
+def test_how_long_it_takes_is_told(tmp_path, inline, capsys):
+    compare.run(settings(tmp_path / "run", progress=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert re.match(r"compare: \d cells to run \(methods: \d, seeds: 1\), 1 at a time; how long", lines[0])
+    running = [line for line in lines[1:-1] if ", " in line]
+    measured = next(i for i, line in enumerate(running) if "left" in line)
+    assert "train" in running[1] and measured == 3, lines  # after the original is trained and the first cell is measured
+    assert all(line.endswith("; less than a minute left") for line in running[measured:])
+    assert compare._rest([60.0, 120.0], 40, 2) == "about 30 min left" and compare._rest([600.0], 24, 1) == "about 4.0 h left"
+    assert compare._rest([120.0], 1, 4) == "about 2 min left"
 
 
 def test_a_cell_that_fails(tmp_path, inline, monkeypatch):
@@ -150,7 +163,7 @@ def test_a_cell_that_fails(tmp_path, inline, monkeypatch):
 def test_an_original_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare._Crew, "work", lambda crew, task: "killed by SIGKILL")
     found = compare.run(settings(tmp_path, progress=True))
-    lines = [re.sub(r"\d+ s", "0 s", line) for line in capsys.readouterr().err.splitlines()]
+    lines = [re.sub(r"\d+ s\b", "0 s", line) for line in capsys.readouterr().err.splitlines()[1:]]
     assert lines == ["compare: 0 of 4 cells, 0 s", "compare: 0 of 4 cells, 0 s, train 0", "compare: 4 of 4 cells, 0 s, done"]
     assert not found["methods"] and not found["missing"]
     assert {f["method"]: f["error"] for f in found["failed"]} == {
