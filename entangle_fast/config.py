@@ -29,6 +29,12 @@ class ConfigError(ValueError):
         self.problem, self.key, self.where = problem, key, where
 
 
+def in_keys(error: Exception, names: Mapping[str, tuple[str, ...]], default: tuple[str, ...], where: str = "") -> ConfigError:
+    """An error that begins with an argument's name, in the words of the config: names gives the key of each argument."""
+    named, _, problem = str(error).partition(": ")
+    return ConfigError(problem, key=names[named], where=where) if named in names else ConfigError(str(error), key=default, where=where)
+
+
 def _method_table() -> Mapping[str, type]:
     from entangle_fast.methods import METHODS  # late: methods sit above config
 
@@ -186,7 +192,7 @@ def _build(cls: type, data: Any, key: tuple[str, ...], where: str) -> Any:
     except ConfigError as error:
         raise ConfigError(error.problem, key=(*key, *error.key), where=where) from error
     except (ValueError, TypeError) as error:  # the dataclass's own checks
-        raise ConfigError(str(error), key=key, where=where) from error
+        raise in_keys(error, {name: (*key, name) for name in fields}, key, where) from error
 
 
 def _choose(table: Mapping[str, type], data: Any, key: tuple[str, ...], where: str) -> Any:

@@ -398,10 +398,17 @@ def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False, over
     if options.threads:
         torch.set_num_threads(options.threads)
     task = load_task(config.task)
-    model = _load_model(tasks, config.model).to(options.device)
+    model = _load_model(tasks, config.model)
+    try:
+        model.to(options.device)
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise configs.ConfigError(f"cannot use {options.device!r}: {str(error).splitlines()[0]}", key=("run", "device")) from error
     if not config.model.weights:
         say(options.progress, "model.weights: none given; what is unlearned is the model as its factory makes it")
-    sets = task.split(config.task.adjacency, model=model)
+    try:
+        sets = task.split(config.task.adjacency, model=model)
+    except ValueError as error:
+        raise configs.in_keys(error, _TASK_KEYS, ("task",)) from error
     run = _Run(model, sets.train, config.method, sets, sample_cross_entropy, options.seed, options.out, options.checkpoint_every,
                options.eval_every)  # fmt: skip
     run.settings = configs.to_dict(config)
@@ -411,26 +418,31 @@ def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False, over
     return run.go(resume, options.progress)
 
 
+_TASK_KEYS = {name: ("task", key) for name, key in {"folder": "path", "root": "path", "forget": "forget", "labels": "labels"}.items()}
+
+
 def load_task(c: configs.TaskConfig):
     """The data that a [task] section names."""
     from . import tasks
 
-    if c.dataset == "fashion_mnist":
-        return tasks.fashion_mnist(c.path, forget=c.forget, labels=c.labels)
-    load = {"cifar10": tasks.cifar10, "cifar100": tasks.cifar100, "image_folder": tasks.image_folder}[c.dataset]
-    return load(c.path, forget=c.forget, labels=c.labels)
+    load = getattr(tasks, c.dataset)  # TaskConfig lets no other names in
+    try:
+        return load(c.path, forget=c.forget, labels=c.labels)
+    except (OSError, ValueError) as error:
+        raise configs.in_keys(error, _TASK_KEYS, ("task", "path") if isinstance(error, OSError) else ("task",)) from error
 
 
 def _load_model(tasks, c: configs.ModelConfig) -> nn.Module:
     try:
         model = tasks.load_model(c.factory, **c.kwargs)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise configs.ConfigError(f"cannot make {c.factory!r}: {error}", key=("model", "factory")) from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        said = str(error).removeprefix("name: ")
+        raise configs.ConfigError(f"cannot make {c.factory!r}: {said}", key=("model", "factory")) from error
     if not c.weights:
         return model
     try:
         return tasks.load_weights(model, c.weights)
     except (OSError, ValueError, storage.CheckpointError) as error:
-        raise configs.ConfigError(str(error), key=("model", "weights")) from error
+        raise configs.in_keys(error, {"path": ("model", "weights")}, ("model", "weights")) from error
 
 

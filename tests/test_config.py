@@ -157,7 +157,7 @@ def test_run_config(methods, tmp_path):
     "old, new, message",
     [
         ("alpha = 0.7", "alpah = 0.7", r"job\.toml:10: method\.alpah: unknown key; did you mean 'alpha'"),
-        ("alpha = 0.7", "alpha = 7", r"job\.toml:7: method: alpha: got 7"),
+        ("alpha = 0.7", "alpha = 7", r"job\.toml:10: method\.alpha: got 7"),
         ("lr = 3", 'lr = "3"', r"job\.toml:12: method\.inner\.lr"),
         (
             'name = "entangled"',
