@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .progress import say, shown
 from .report import CHECKPOINT, CONFIG, REPORT
 
 MODEL = "model.safetensors"
+FEW = 18  # steps of a run; those of the demo take 90 to 297, of its --quick 18 and more
 PHASES = ("stage1", "stage2")  # stages whose end the figures show; other methods have one: "after"
 
 
@@ -203,6 +204,7 @@ class _Run:
         else:
             self.before = self.measure()
             self._note_losses("before")
+            say(progress, self._few_steps())
         if self.out is not None:
             storage.must_be_writable(self.out)
         with PeakMemory(process.params[0].device) as peak, _deferred_interrupt() as interrupted:
@@ -311,6 +313,16 @@ class _Run:
                 raise storage.CheckpointError(
                     f"{name}: got {a}, the run in {path} had {b}; give the same samples in the same order, {anew}"
                 )
+
+    def _few_steps(self) -> str:
+        """A hint where the method's passes over this much data are next to no steps; a step of retrain is a whole training."""
+        passes, batches = ([f.name for f in fields(self.method) if word in f.name] for word in ("epochs", "batch"))
+        if self.process.total >= FEW or not passes or self.name == "retrain":
+            return ""
+        sizes = ", ".join(f"{len(getattr(self.data, name))} {name}" for name in NAMES)
+        steps = ", ".join(f"{stage} {count}" for stage, count in self.process.stages)
+        mend = f"raise {', '.join(passes)}" + (f" or lower {', '.join(batches)}" if batches else "")
+        return f"{self.name}: few steps ({steps}) on so few samples ({sizes}); it may change next to nothing: {mend}"
 
     def _load(self) -> None:
         path = self.out / CHECKPOINT

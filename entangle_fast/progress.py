@@ -30,8 +30,8 @@ def shown(wanted: bool, name: str, total: int, *, done: int = 0, text: str = "",
 
 
 def say(wanted: bool, line: str) -> None:
-    """One line beside the progress."""
-    if wanted:
+    """One line beside the progress, if there is something to say."""
+    if wanted and line:
         Console(stderr=True).print(Text(line), soft_wrap=True)
 
 

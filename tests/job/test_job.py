@@ -1,6 +1,7 @@
 """unlearn(): what the whole job gives."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from small import sets, trained
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from entangle_fast import report, storage
-from entangle_fast.job import CHECKPOINT
-from entangle_fast.methods import Entangled
+from entangle_fast.job import CHECKPOINT, unlearn
+from entangle_fast.methods import Entangled, FineTune, Retrain
 
 
 def test_it_forgets_and_keeps():
@@ -88,3 +89,17 @@ class Pairs(Dataset):
 def test_datasets_and_loaders_give_what_tensors_give(wrap):
     wrapped = {name: wrap(*pair) for name, pair in sets().items()}
     assert same(bits(go().model), bits(go(**wrapped).model))
+
+
+def test_few_steps_are_told(capsys):
+    for method, told in (
+        (Entangled(), r"entangled: few steps \(stage1 \d+, stage2 \d+\) on so few samples \(20 forget, 24 adjacent, 44 remote\); .*"
+                      r"raise epochs1, epochs2 or lower .*remote_batch1"),
+        (FineTune(epochs=1.0), r"finetune: few steps \(finetune 1\) .*raise epochs or lower batch$"),
+    ):  # fmt: skip
+        unlearn(trained(), **sets(), method=method)
+        line = capsys.readouterr().err.splitlines()[0]
+        assert re.search(told, line), line
+    for method in (Entangled(**SMALL, epochs1=2.0, epochs2=8.0), Retrain(epochs=1)):
+        unlearn(trained(), **sets(), method=method)
+        assert "few steps" not in capsys.readouterr().err
