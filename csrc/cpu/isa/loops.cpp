@@ -117,7 +117,7 @@ template <class T> inline int64_t ordered(T x) {
   typename Bits<T>::type b;
   memcpy(&b, &x, sizeof b);
   constexpr int64_t mask = (int64_t)(((uint64_t)1 << (8 * sizeof(T) - 1)) - 1);
-  return b < 0 ? -((int64_t)b & mask) - 1 : (int64_t)b;
+  return (int64_t)b ^ (((int64_t)b >> 63) & mask);
 }
 inline int32_t ordered(float x) {
   int32_t b;
