@@ -28,12 +28,12 @@ def _forward(
     logits += r * row_stride
     e = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), ACC)
-    mass, below, base = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    mass, below = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for c in range(0, classes, BLOCK):
         mask = c + e < classes
         x = tl.load(logits + c + e, mask=mask, other=float("-inf")).to(ACC)
         new = tl.maximum(top, x)
-        was, base = base, tl.where(new == float("-inf"), 0.0, new)
+        was, base = tl.where(top == float("-inf"), 0.0, top), tl.where(new == float("-inf"), 0.0, new)
         mass = mass * tl.exp(top - base) + tl.exp(x - base)
         below += (c // BLOCK) * (was - base) + tl.where(mask, x - base, 0.0)  # of x - base
         top = new
@@ -49,6 +49,7 @@ def _forward(
     # differences with the maximum, not with z: exact where logits are large and the loss is small
     loss = log_mass + (1.0 - s) * (highest - picked)
     if smoothing > 0.0:
+        base = tl.where(top == float("-inf"), 0.0, top)
         mine = (classes - e + BLOCK - 1) // BLOCK  # classes of each lane
         loss -= s * tl.sum(tl.where(mine > 0, below + mine * (base - highest), 0.0), 0) / classes
     tl.store(lse + r, z)
@@ -134,7 +135,7 @@ def _flat(x: Tensor) -> Tensor:
 def _launch_forward(rows: Tensor, target: Tensor, lse: Tensor, position: Tensor, ignore_index: int, smoothing: float):
     """One row of logits a program; target, lse, position are this chunk's."""
     if len(rows):
-        block = launch.power_of_2(rows.shape[1], 128, 2048)
+        block = launch.power_of_2(rows.shape[1], 128, 1024 if lse.dtype == torch.float64 else 2048)  # wider float64 spills
         _forward[(len(rows),)](
             rows, target, lse, position, rows.shape[1], rows.stride(0), ignore_index, smoothing,
             ACC=launch.TL[lse.dtype], BLOCK=block, num_warps=4,
