@@ -61,7 +61,9 @@ def _steps(dtype: torch.dtype, device) -> None:
         for noise in (0.0, 0.1):
             step.step_update(params, momentum, params, params * k, coef, 0.1, 0.9, 0.0, noise)
             step_adamw.step_adamw(params, momentum, momentum, params, params * k, coef, count, 0.1, noise=noise, counter=count)
-    step_lookahead.step_lookahead_undo(params, params, *step_lookahead.step_lookahead(params, params, 0.1), 0.1)
+    for capacity in (None, 16):
+        ahead = step_lookahead.step_lookahead(params, params, 0.1, capacity)
+        step_lookahead.step_lookahead_undo(params, params, *ahead, 0.1)
 
 
 def warmup(device: str | torch.device = "cuda", dtypes=(torch.bfloat16, torch.float32), sweep: bool = False) -> None:
