@@ -316,12 +316,12 @@ class _Run:
 
     def _few_steps(self) -> str:
         """A hint where the method's passes over this much data are next to no steps; a step of retrain is a whole training."""
-        passes, batches = ([f.name for f in fields(self.method) if word in f.name] for word in ("epochs", "batch"))
+        passes = [f.name for f in fields(self.method) if "epochs" in f.name]
         if self.process.total >= FEW or not passes or self.name == "retrain":
             return ""
         sizes = ", ".join(f"{len(getattr(self.data, name))} {name}" for name in NAMES)
         steps = ", ".join(f"{stage} {count}" for stage, count in self.process.stages)
-        mend = f"raise {', '.join(passes)}" + (f" or lower {', '.join(batches)}" if batches else "")
+        mend = f"raise {', '.join(passes)}"
         return f"{self.name}: few steps ({steps}) on so few samples ({sizes}); it may change next to nothing: {mend}"
 
     def _load(self) -> None:
@@ -420,6 +420,8 @@ def unlearn_from_config(config: configs.RunConfig, *, resume: bool = False, over
     try:
         sets = task.split(config.task.adjacency, model=model)
     except ValueError as error:
+        if str(error).partition(":")[0] not in _TASK_KEYS:
+            raise  # the model's own
         raise configs.in_keys(error, _TASK_KEYS, ("task",)) from error
     run = _Run(model, sets.train, config.method, sets, sample_cross_entropy, options.seed, options.out, options.checkpoint_every,
                options.eval_every)  # fmt: skip

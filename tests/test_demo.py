@@ -78,7 +78,8 @@ def test_what_was_done_is_kept_when_it_is_interrupted(tmp_path, monkeypatch, cap
         demo.run(seeds=3, out=tmp_path, quick=True)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "training, seed 0: 0 of 1 epochs, 0 s" and re.match(r"training, seed 0: 1 of 1 epochs, \d+ s, done", lines[1])
-    assert lines[2].startswith("entangled: 0 of ") and lines[-1].startswith("entangled: ") and lines[-1].endswith(" s, done")
+    assert lines[2].startswith("entangled: few steps (stage1 1, stage2 1)") and lines[3].startswith("entangled: 0 of ")
+    assert lines[-1].startswith("entangled: ") and lines[-1].endswith(" s, done")
     row = json.loads((tmp_path / report.REPORT).read_text())["methods"]["entangled"]
     assert seeds == [0] and [s["seed"] for s in row["seeds"]] == [0]
 

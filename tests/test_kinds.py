@@ -154,3 +154,21 @@ def test_nothing_was_changed():
     with pytest.raises(TypeError, match=r"^grads\[1\]: got list"):
         ops.step_update(params, None, grads, [], r(0), lr=0.1)
     assert all(torch.equal(x, b) for x, b in zip(params, before))
+
+
+class Refusing(torch.nn.Module):
+    def forward(self, x):
+        raise TypeError("my own error")
+
+
+def test_an_error_of_the_callers_own_code_comes_through():
+    x, y = torch.randn(6, 3), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(TypeError, match="^my own error$"):
+        metrics.membership(Refusing(), (x, y), (x, y), seed=1.0)  # 1.0: a wrong kind, but not what failed
+
+    def check(gram):
+        raise FloatingPointError("mine")
+
+    p = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(FloatingPointError, match="^mine$"):
+        optim.ProjectedMomentum([p], lr=0.1).step([torch.ones(3)], torch.ones(1, 1, 3), check=check)

@@ -55,7 +55,8 @@ class Stream:
                 self.results["combine"].update(c.combine(self.rows))
 
     def _add(self, name: str, part: Tensor) -> None:
-        self.results[name] = part if self.results[name] is None else self.results[name].add_(part)
+        before = self.results[name]  # layers may differ in dtype
+        self.results[name] = part if before is None else before.add_(part) if before.dtype == part.dtype else before + part
 
     def combined(self, tape: Tape) -> list:
         return tape._listed(self.results["combine"], len(self.rows), self.single)

@@ -311,7 +311,8 @@ class Tape:
         return Contraction(component, self.params, self.n)
 
     def _total(self, parts: list[Tensor], shape) -> Tensor:
-        return sum(parts[1:], parts[0]) if parts else torch.zeros(shape, device=self.params[0].device)
+        p = self.params[0]
+        return sum(parts[1:], parts[0]) if parts else torch.zeros(shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
 
     def gram(self, other: Tape | None = None) -> Tensor:
         """K_ij = <g_i, g_j>, (n, n); with another tape of the same model <g_i, g'_j>, (n, m). Summed over all parameters."""
@@ -319,6 +320,8 @@ class Tape:
             return self._stream.results["gram"]
         if not isinstance(other, Tape | None):
             raise TypeError(f"other: got {type(other).__name__}; needs a tape of the same model")
+        if other is self:
+            other = None
         mine = self._contractions()
         if other is None:
             return self._total(grams((c, None) for c in mine), (self.n, self.n))

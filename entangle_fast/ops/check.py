@@ -6,7 +6,9 @@ import functools
 import inspect
 import math
 import numbers
+import sysconfig
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -132,8 +134,8 @@ def kinds(function: Callable) -> Callable:
     """Where ``function`` fails on an argument that is not what its annotation says, raise TypeError naming that argument, what it
     got, what it needs and the mend.
 
-    Looked at after a failure only, so that a call that works pays nothing for it. Annotations that no row of _KINDS knows pass.
-    Of a class its __init__.
+    Looked at after a failure only, so that a call that works pays nothing for it. Annotations that no row of _KINDS knows pass, and
+    so does what the caller's own code raised: a model, a loss, a check. Of a class its __init__.
     """
     if isinstance(function, type):
         function.__init__ = kinds(function.__init__)
@@ -143,13 +145,27 @@ def kinds(function: Callable) -> Callable:
     def checked(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except _OF_KIND as error:
             name, wrong = _wrong_argument(function, args, kwargs)
-            if not wrong or (isinstance(error, ValueError) and str(error).startswith(name)):
+            if not wrong or (isinstance(error, ValueError) and str(error).startswith(name)) or _of_others(error.__traceback__.tb_next):
                 raise
             raise TypeError(wrong) from error
 
     return checked
+
+
+_OF_KIND = (TypeError, AttributeError, LookupError, ValueError, RuntimeError)  # what a wrong kind brings about
+_OURS, _TORCH, _STDLIB = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), sysconfig.get_path("stdlib")
+
+
+def _of_others(frame) -> bool:
+    """Whether an error passed through code that is neither ours nor torch's nor Python's."""
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if not file.startswith((_OURS, _TORCH, "<")) and not (file.startswith(_STDLIB) and "site-packages" not in file):
+            return True
+        frame = frame.tb_next
+    return False
 
 
 def _wrong_argument(function: Callable, args: tuple, kwargs: dict) -> tuple[str, str]:

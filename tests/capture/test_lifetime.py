@@ -37,3 +37,18 @@ def test_a_backward_where_gradients_are_off(off):
         tape.backward(losses)
         found = tape.gram()
     torch.testing.assert_close(found, x @ x.T + 1)
+
+
+def test_a_tape_with_itself_and_layers_of_two_dtypes():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4).double(), torch.nn.Tanh())
+    head, x = torch.nn.Linear(4, 2), torch.randn(5, 3).double()
+    named = {f"{i}.{k}": p for i, m in enumerate((model, head)) for k, p in m.named_parameters()}
+
+    def run(**how):
+        with ef.capture(named, batch_size=5) as tape:
+            tape.backward(head(model(x).float()).square().sum(1), **how)
+        return tape
+
+    tape = run()
+    torch.testing.assert_close(tape.gram(tape), tape.gram())
+    assert tape.gram().dtype == run(stream=("gram",)).gram().dtype == torch.float64

@@ -61,11 +61,11 @@ def plain_stage2(c, model, d, steps, away):
         _, xa, ya = d.adjacent.batch(k, c.adjacent_batch2)
         g = gradient(ce(model, xa, ya).mean(), model)
         g = g * min(1.0, c.max_norm2 / g.norm().item())
-        span = away(k)
+        span = away(k).double()
         gram = span @ span.T + c.ridge * torch.eye(len(span), dtype=F64)
 
         def onto(x, span=span, gram=gram):
-            return span.T @ (torch.linalg.pinv(gram, rtol=1e-11, hermitian=True) @ (span @ x))
+            return (span.T @ (torch.linalg.pinv(gram, rtol=1e-11, hermitian=True) @ (span @ x.double()))).to(x.dtype)
 
         v = c.momentum * v + g
         v = v - onto(v if c.project == "momentum" else g)
@@ -187,17 +187,27 @@ def test_away_from_samples(away_from, options):
     assert all(-1 <= r["cosine"] <= 1 and r["loss_forget"] > 0 and r["loss_remote"] > 0 and r["w2"] >= 0 for r in rows)
 
 
-@pytest.mark.parametrize("away_from", ["means", "samples", "forget_samples"])
+@pytest.mark.parametrize("away_from", ["samples", "forget_samples"])
 def test_float32_takes_the_same_steps_to_rounding(away_from):
     c = Entangled(**SIZES, epochs1=1.0, lr1=5e-3, epochs2=2.0, lr2=0.02, away_from=away_from)
     single, double = run(c, torch.float32)[0], run(c)[0]
     assert single.model[0].weight.dtype == torch.float32
     moved = (flat(double.model) - flat(trained(F64))).norm()
-    # the trainings that lead to the two starts differ by rounding too
-    start = (flat(trained()).double() - flat(trained(F64))).norm()
     # a Gram in float32 knows the span of samples down to singular values of √eps only
-    tolerance = 2e-4 if away_from == "means" else 5e-2
-    assert (flat(single.model).double() - flat(double.model)).norm() < 5 * start + tolerance * moved
+    assert (flat(single.model).double() - flat(double.model)).norm() < 5e-2 * moved
+
+
+def test_float32_errs_no_more_than_plain_float32():
+    """The trainings that lead to the starts differ by rounding too, and the steps magnify it: so the measure is the plain form."""
+    c = Entangled(**SIZES, epochs1=1.0, lr1=5e-3, epochs2=2.0, lr2=0.02)
+    single, rows, plain = run(c, torch.float32)
+    stage1 = sum(r["stage"] == "stage1" for r in rows)
+    plain_stage1(c, plain, single.data, stage1)
+    plain_stage2(c, plain, single.data, len(rows) - stage1, two_means(c, plain, single.data))
+    double = flat(run(c)[0].model)
+    assert single.model[0].weight.dtype == plain[0].weight.dtype == torch.float32
+    ours, theirs = ((flat(model).double() - double).norm() for model in (single.model, plain))
+    assert ours < 2 * theirs, (ours, theirs)
 
 
 def test_both_stages_in_a_row():
