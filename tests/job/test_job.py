@@ -95,7 +95,7 @@ def test_few_steps_are_told(capsys):
     for method, told in (
         (Entangled(), r"entangled: few steps \(stage1 \d+, stage2 \d+\) on so few samples \(20 forget, 24 adjacent, 44 remote\); .*"
                       r"raise epochs1, epochs2$"),
-        (FineTune(epochs=1.0), r"finetune: few steps \(finetune 1\) .*raise epochs or lower batch$"),
+        (FineTune(epochs=1.0), r"finetune: few steps \(finetune 1\) .*raise epochs$"),
     ):  # fmt: skip
         unlearn(trained(), **sets(), method=method)
         line = capsys.readouterr().err.splitlines()[0]
