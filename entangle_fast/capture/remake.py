@@ -23,7 +23,7 @@ _MAKERS = {
     "MulBackward0": lambda node: node._saved_self * node._saved_other,
 }
 _OURS: dict[type, Callable] = {}  # the same of this library's own autograd Functions
-_SMALL = 1 << 18  # bytes: what a call costs is more than what they take
+_SMALL = 1 << 18  # bytes; inputs up to this size are kept: little memory, and a call less
 _SAVED = ("_saved_self", "_saved_other")
 _KEY = "entangle_fast.remake"
 
