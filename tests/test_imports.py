@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomlkit
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "entangle_fast"
@@ -86,3 +87,9 @@ def test_every_schema_is_there_in_every_room():
         assert name in registration.FAKES, f"{name}: no fake"
         assert schema.startswith(name + "(")
     assert sorted(reference.__all__) == sorted(dispatch.ops())
+
+
+def test_every_package_is_installed():
+    listed = set(tomlkit.parse((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
+    assert there <= listed, f"pyproject.toml leaves out {sorted(there - listed)}"

@@ -1,5 +1,8 @@
 """Steps over many tensors, against the same formulas on one flat vector in float64."""
 
+import copy
+import io
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,16 +93,16 @@ def test_state_continues_to_the_bit():
         sgd = ProjectedMomentum(params, lr=0.1)
         for k in range(4):
             if k == stop:
-                state = {name: v.clone() for name, v in sgd.state().items()}
-                sgd = ProjectedMomentum(params, lr=0.1)
-                sgd.load(state)
+                state = copy.deepcopy(sgd.state_dict())
+                sgd = ProjectedMomentum(params, lr=0.3)
+                sgd.load_state_dict(state)
             sgd.step(tensors(3 * k + 1), [tensors(3 * k + 2), tensors(3 * k + 3)])
         runs.append(flat(params))
     assert torch.equal(*runs)
 
 
 def test_project_is_named():
-    with pytest.raises(ValueError, match="project: got 'v'; needs 'momentum' or 'gradient'"):
+    with pytest.raises(ValueError, match="project: got 'v'; needs one of 'momentum', 'gradient'"):
         ProjectedMomentum(tensors(0), lr=0.1, project="v")
 
 
@@ -155,9 +158,9 @@ def test_adamw_state_continues_to_the_bit():
         adamw = ProjectedAdamW(params, lr=0.1, noise=0.1)
         for k in range(4):
             if k == stop:
-                state = {name: v.clone() for name, v in adamw.state().items()}
-                adamw = ProjectedAdamW(params, lr=0.1, noise=0.1)
-                adamw.load(state)
+                state = copy.deepcopy(adamw.state_dict())
+                adamw = ProjectedAdamW(params, lr=0.3, noise=0.3)
+                adamw.load_state_dict(state)
             adamw.step(tensors(3 * k + 1, torch.bfloat16), [tensors(3 * k + 2, torch.bfloat16)])
         assert adamw.exp_avg[0].dtype == torch.float32 and int(adamw.count) == 4
         runs.append(flat(params))
@@ -255,12 +258,19 @@ def test_a_refused_step_counts_no_step():
 def test_a_state_that_does_not_fit_changes_nothing(make):
     optimiser = make([torch.zeros(4, 3), torch.zeros(2)])
     optimiser.step([torch.ones(4, 3), torch.ones(2)], [])
-    before = {k: v.clone() for k, v in optimiser.state().items()}
-    last = list(before)[-1]
-    for wrong in ({k: v for k, v in before.items() if k != last}, before | {last: torch.zeros(1)}):
-        with pytest.raises(ValueError, match="state: .* has shape"):
-            optimiser.load(wrong)
-    assert all(torch.equal(v, before[k]) for k, v in optimiser.state().items())
+    before = copy.deepcopy(optimiser.state_dict())
+    last = list(before["state"][1])[-1]
+    for change in (lambda s: s[1].update({last: torch.zeros(1)}), lambda s: s[1].update(other=torch.zeros(2)), lambda s: s[0].pop(last)):
+        wrong = copy.deepcopy(before)
+        wrong["param_groups"][0]["lr"] = 7.0
+        change(wrong["state"])
+        if wrong["state"][0]:
+            with pytest.raises(ValueError, match="state_dict: .* has shape"):
+                optimiser.load_state_dict(wrong)
+    for wrong in ({}, 3, before | {"param_groups": []}):
+        with pytest.raises(ValueError, match="state_dict: "):
+            optimiser.load_state_dict(wrong)
+    torch.testing.assert_close(optimiser.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_direction_too_short_for_its_coefficient():
@@ -312,3 +322,124 @@ def test_only_real_floats_are_stepped(dtype):
     with pytest.raises(ValueError, match="floating-point"):
         ops.step_gram([[torch.ones(4, dtype=dtype)]])
     assert not p[0].any()
+
+
+def grouped(make, **second):
+    """The same optimiser on all parameters at once, and on two groups of them."""
+    whole, parts = tensors(0), tensors(0)
+    return whole, make(whole), parts, make([{"params": parts[:2]}, {"params": parts[2:], **second}])
+
+
+@pytest.mark.parametrize("make", [lambda p: ProjectedAdamW(p), lambda p: ProjectedMomentum(p, lr=0.1)])
+def test_the_span_is_one_over_all_groups(make):
+    whole, one, parts, two = grouped(make)
+    for k in range(3):
+        g, a, b = (tensors(10 * k + i) for i in (1, 2, 3))
+        torch.testing.assert_close(one.step(g, [a, b]), two.step(g, [a, b]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-12)
+
+
+def test_groups_have_their_own_options():
+    whole, one, parts, two = grouped(lambda p: ProjectedMomentum(p, lr=0.1), lr=0.3, weight_decay=0.5)
+    g, d = tensors(1), tensors(2)
+    one.step(g, [d])
+    assert "step_norm" not in two.step(g, [d])
+    torch.testing.assert_close(whole[:2], parts[:2])
+    torch.testing.assert_close(parts[2], 0.85 * tensors(0)[2] - 0.3 * two.buffers[2])
+    with pytest.raises(ValueError, match=r"directions\[0\]: 2 tensors for 3 parameters"):
+        two.step(g, [d[:2]])
+    before = flat(parts)
+    with pytest.raises(ValueError, match=r"grads\[2\]"):  # of the second group: the first one's step must not have been taken
+        two.step([*g[:2], torch.ones(7)])
+    assert torch.equal(flat(parts), before)
+    two.param_groups[1]["momentum"] = 0.5
+    with pytest.raises(ValueError, match=r"momentum: groups have \[0.5, 0.9\]"):
+        two.step(g, [d])
+
+
+def test_groups_draw_their_own_noise():
+    params = [torch.zeros(64), torch.zeros(64)]
+    adamw = ProjectedAdamW([{"params": params[:1]}, {"params": params[1:], "noise": 0.25}], lr=0.0, noise=0.5, seed=7)
+    adamw.step([torch.zeros(64), torch.zeros(64)])
+    torch.testing.assert_close(params[0], 0.5 * philox.normal(64, 7, 1))
+    torch.testing.assert_close(params[1], 0.25 * philox.normal(64, 7 + 2**32, 1))
+
+
+@pytest.mark.parametrize("make", [lambda p: ProjectedAdamW(p), lambda p: ProjectedMomentum(p, lr=0.1)])
+def test_what_stands_in_grad_is_stepped_and_the_rest_left_alone(make):
+    given, held = tensors(0), tensors(0)
+    g, d = tensors(1), tensors(2)
+    held[0].grad, held[2].grad = g[0], g[2]
+    mine, theirs = make([given[0], given[2]]), make(held)
+    torch.testing.assert_close(mine.step([g[0], g[2]], [[d[0], d[2]]]), theirs.step(directions=[d]))
+    torch.testing.assert_close([given[0], given[2]], [held[0], held[2]], rtol=0, atol=0)
+    assert torch.equal(held[1], tensors(0)[1])
+    theirs.zero_grad()
+    with pytest.raises(ValueError, match="grads: got none, and no parameter has a .grad"):
+        theirs.step()
+
+
+@pytest.mark.parametrize("make", [lambda p: ProjectedAdamW(p, noise=0.1), lambda p: ProjectedMomentum(p, lr=0.1)])
+def test_it_is_an_optimizer(make):
+    params = tensors(0, torch.bfloat16)
+    optimizer = make(params)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=8)  # cycles momentum or betas too
+    rates = set()
+    for k in range(3):
+        optimizer.step(tensors(k + 1, torch.bfloat16), [tensors(k + 7, torch.bfloat16)])
+        rates.add(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    assert len(rates) == 3
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again = make(tensors(0, torch.bfloat16))
+    state = [x for s in again.state.values() for x in s.values()]
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert all(x is y for x, y in zip(state, (x for s in again.state.values() for x in s.values())))  # in place, for a replayed graph
+    torch.testing.assert_close(again.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+    twin = copy.deepcopy(optimizer)  # its parameters too
+    g, d = tensors(20, torch.bfloat16), tensors(21, torch.bfloat16)
+    torch.testing.assert_close(optimizer.step(g, [d]), twin.step(g, [d]), rtol=0, atol=0)
+    torch.testing.assert_close(params, twin.params, rtol=0, atol=0)
+
+
+def test_a_state_of_torchs_is_taken_over():
+    for mine, theirs in ((lambda p: ProjectedAdamW(p), torch.optim.AdamW), (lambda p: ProjectedMomentum(p, lr=1e-3), torch.optim.SGD)):
+        params = tensors(0)
+        options = {"momentum": 0.9} if theirs is torch.optim.SGD else {}
+        plain = theirs(params, lr=1e-3, **options)
+        for k in range(2):
+            for p, g in zip(params, tensors(k + 1)):
+                p.grad = g
+            plain.step()
+        own = [p.clone() for p in params]
+        optimizer = mine(own)
+        optimizer.load_state_dict(plain.state_dict())
+        for p, q in zip(params, own):
+            q.grad = p.grad
+        plain.step(), optimizer.step()
+        torch.testing.assert_close(own, params, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"lr": "a"}, "lr: got str; needs a number"), ({"lr": -1.0}, "lr: got -1.0; needs a finite number >= 0"),
+    ({"weight_decay": torch.nan}, "weight_decay: got nan"), ({"ridge": -1.0}, "ridge: got -1.0"), ({"ridge": None}, "ridge: got None"),
+])  # fmt: skip
+@pytest.mark.parametrize("make", [ProjectedAdamW, ProjectedMomentum])
+def test_options_are_checked(make, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make(tensors(0), **{"lr": 0.1} | options)
+    optimizer = make(tensors(0)[:1], lr=0.1)
+    if "ridge" not in options:
+        with pytest.raises((ValueError, TypeError), match=message):
+            optimizer.add_param_group({"params": tensors(0)[1:], **options})
+    with pytest.raises(ValueError, match="params: got one of torch.int64"):
+        optimizer.add_param_group({"params": [torch.zeros(3, dtype=torch.int64)]})
+    assert len(optimizer.param_groups) == 1 and len(optimizer.state) == 1
+
+
+def test_adamws_options_are_checked():
+    for betas in ((1.0, 0.9), (0.9,), (0.9, -0.1)):
+        with pytest.raises(ValueError, match="betas: got"):
+            ProjectedAdamW(tensors(0), betas=betas)

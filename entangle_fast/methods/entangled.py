@@ -127,7 +127,7 @@ class EntangledProcess(Process):
             self.remote_start = self.all_losses(self.data.remote).mean()
         if stage == "stage2":
             c = self.config
-            self.sgd = ProjectedMomentum(self.params, lr=c.lr2, momentum=c.momentum, ridge=c.ridge, project=c.project)
+            self.sgd = self._optimizer()
             self.reference = self._reference()
             self.latest = self.reference.clone()
             losses = self.all_losses(self.data.forget) if c.w2 == "features" else self.reference
@@ -167,10 +167,14 @@ class EntangledProcess(Process):
             return self.all_losses(self.data.forget)
         return torch.cat([self.model(x) for _, x, _ in self.data.forget.chunks()])
 
+    def _optimizer(self) -> ProjectedMomentum:
+        c = self.config
+        return ProjectedMomentum(self.params, lr=c.lr2, momentum=c.momentum, ridge=c.ridge, project=c.project)
+
     def _stage2(self, k):
         c = self.config
         if c.schedule2 == "linear":
-            self.sgd.lr = c.lr2 * (1 - k / self.stages[1][1])
+            self.sgd.param_groups[0]["lr"] = c.lr2 * (1 - k / self.stages[1][1])
         _, xa, ya = self.data.adjacent.batch(k, c.adjacent_batch2)
         adjacent = self.losses(xa, ya, "adjacent")
         g_adjacent = self.gradient(adjacent.mean(), None if c.away_from == "means" else "adjacent")
@@ -292,7 +296,7 @@ class EntangledProcess(Process):
                 out[key] = getattr(self, key)
         if self.bound:
             out["bound.start"] = self.bound["start"]
-        return out | (self.sgd.state() if self.sgd else {})
+        return out | {f"momentum.{i}": v for i, v in enumerate(self.sgd.buffers if self.sgd else ())}
 
     def load(self, state):
         device = self.params[0].device
@@ -307,9 +311,9 @@ class EntangledProcess(Process):
         if "bound.start" in state:
             self.bound = {"start": state["bound.start"].to(device)}
         if "momentum.0" in state:
-            c = self.config
-            self.sgd = ProjectedMomentum(self.params, lr=c.lr2, momentum=c.momentum, ridge=c.ridge, project=c.project)
-            self.sgd.load(state)
+            self.sgd = self._optimizer()
+            saved = {i: {"momentum_buffer": state[f"momentum.{i}"]} for i in range(len(self.params))}
+            self.sgd.load_state_dict({"state": saved, "param_groups": self.sgd.state_dict()["param_groups"]})
 
     def facts(self):
         """The two propositions, measured (methods/propositions.py)."""

@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -113,6 +113,25 @@ def lookup(ids: Tensor, b: Tensor, names: str = "ids b") -> None:
             f"{i}, {y}: got {tuple(ids.shape)} {ids.dtype} and {tuple(b.shape)}; need integers (n,t) and (n,t,d)")  # fmt: skip
     same_device(**{i: ids, y: b})
     floating(**{y: b})
+
+
+def like(params: Sequence[Tensor], name: str, tensors: Sequence[Tensor]) -> None:
+    """tensors has one of the same shape on the same device for each of params, all of real floating-point dtypes."""
+    if len(tensors) != len(params):
+        raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters; needs one for each")
+    if [p.shape for p in params] == [x.shape for x in tensors] and [p.device for p in params] == [x.device for x in tensors]:
+        if all(dtype.is_floating_point for dtype in {x.dtype for xs in (params, tensors) for x in xs}):
+            return
+    for i, (p, x) in enumerate(zip(params, tensors)):  # which one it is
+        if p.shape != x.shape or p.device != x.device:
+            raise ValueError(f"{name}[{i}]: {tuple(x.shape)} on {x.device}; needs {tuple(p.shape)} on {p.device}")
+        if not (x.dtype.is_floating_point and p.dtype.is_floating_point):
+            raise ValueError(f"{name}[{i}]: {x.dtype} for a tensor of {p.dtype}; both need a real floating-point dtype")
+
+
+def betas(pair: tuple[float, float]) -> None:
+    """AdamW's two shares of the old moments."""
+    require(len(pair) == 2 and all(0 <= b < 1 for b in pair), f"betas: got {pair}; needs two numbers in [0, 1)")
 
 
 def in_table(ids: Tensor, rows: int) -> None:

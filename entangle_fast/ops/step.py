@@ -23,23 +23,10 @@ def _some(name: str, tensors: Sequence, what: str = "tensor") -> None:
     check.require(len(tensors) > 0, f"{name}: got no {what}; needs one at least")
 
 
-def _like(params: Tensors, name: str, tensors: Tensors) -> None:
-    if len(tensors) != len(params):
-        raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters; needs one for each")
-    if [p.shape for p in params] == [x.shape for x in tensors] and [p.device for p in params] == [x.device for x in tensors]:
-        if all(dtype.is_floating_point for dtype in {x.dtype for xs in (params, tensors) for x in xs}):
-            return
-    for i, (p, x) in enumerate(zip(params, tensors)):  # which one it is
-        if p.shape != x.shape or p.device != x.device:
-            raise ValueError(f"{name}[{i}]: {tuple(x.shape)} on {x.device}; needs {tuple(p.shape)} on {p.device}")
-        if not (x.dtype.is_floating_point and p.dtype.is_floating_point):
-            raise ValueError(f"{name}[{i}]: {x.dtype} for a tensor of {p.dtype}; both need a real floating-point dtype")
-
-
 def _momentum(params: Tensors, momentum: Tensors | None) -> None:
     if momentum is None:
         return
-    _like(params, "momentum", momentum)
+    check.like(params, "momentum", momentum)
     for i, (p, v) in enumerate(zip(params, momentum)):
         if v.dtype == torch.float64 != p.dtype:
             raise ValueError(f"momentum[{i}]: torch.float64 for a parameter of {p.dtype}, which is stepped in float32; needs "
@@ -100,7 +87,7 @@ def _writing(*lists: Tensors | None) -> Iterator[None]:
 
 def _flat(like: Tensors, directions: Sequence[Tensors]) -> list[Tensor]:
     for j, d in enumerate(directions):
-        _like(like, f"directions[{j}]", d)
+        check.like(like, f"directions[{j}]", d)
     return [x for d in directions for x in d]
 
 
@@ -153,7 +140,7 @@ def step_project(
     _some("grads", grads)
     check.ridge(ridge)
     if momentum is not None:
-        _like(grads, "momentum", momentum)
+        check.like(grads, "momentum", momentum)
     flat = _flat(grads, directions)
     if rcond is None:
         exact = all(d.dtype == torch.float64 for d in flat)
@@ -181,7 +168,7 @@ def step_update(
     Without directions, decay and noise: a step of torch.optim.SGD(params, lr, momentum=beta).
     """
     _some("params", params)
-    _like(params, "grads", grads)
+    check.like(params, "grads", grads)
     _momentum(params, momentum)
     flat = _flat(params, directions)
     _coefficients(coef, len(directions))
@@ -213,15 +200,13 @@ def step_adamw(
     """
     _some("params", params)
     for name, tensors in (("grads", grads), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _like(params, name, tensors)
+        check.like(params, name, tensors)
     for i, (p, m, u) in enumerate(zip(params, exp_avg, exp_avg_sq)):
         wide = torch.promote_types(p.dtype, torch.float32)
         for name, x in (("exp_avg", m), ("exp_avg_sq", u)):
             if x.dtype != wide:
                 raise ValueError(f"{name}[{i}]: {x.dtype} for a parameter of {p.dtype}; needs {wide}")
-    check.require(len(betas) == 2, f"betas: got {betas}; needs two numbers in [0, 1)")
-    for b in betas:
-        check.require(0 <= b < 1, f"betas: got {betas}; needs two numbers in [0, 1)")
+    check.betas(betas)
     check.require(eps >= 0, f"eps: got {eps}; needs a number >= 0")
     flat = _flat(params, directions)
     _coefficients(coef, len(directions))
@@ -256,7 +241,7 @@ def step_lookahead(
     Equivalent to: ``torch._foreach_sub_(params, grads, alpha=alpha)`` after keeping copies of the parameters
     """
     _some("params", params)
-    _like(params, "grads", grads)
+    check.like(params, "grads", grads)
     if capacity is not None:
         whole = isinstance(capacity, int) and not isinstance(capacity, bool)
         check.require(whole and capacity >= 0, f"capacity: got {capacity!r}; needs an int >= 0, or None for no bound")
@@ -275,7 +260,7 @@ def step_lookahead_undo(params: Tensors, grads: Tensors, residue: tuple, alpha: 
     Elements that were not moved (ulps −128) stay, rows of index −1 are passed over. A NaN that had a slot comes back as a NaN.
     """
     _some("params", params)
-    _like(params, "grads", grads)
+    check.like(params, "grads", grads)
     _apart(params=params)
     ulps, index, value = residue
     with _writing(params):
