@@ -20,6 +20,8 @@ STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("sqnorm_conv", TORCH_BOX(&ef::cpu::sqnorm_conv));
   m.impl("project", TORCH_BOX(&ef::cpu::project));
   m.impl("project_random", TORCH_BOX(&ef::cpu::project_random));
+  m.impl("project_random_conv", TORCH_BOX(&ef::cpu::project_random_conv));
+  m.impl("project_random_embedding", TORCH_BOX(&ef::cpu::project_random_embedding));
   m.impl("step_gram", TORCH_BOX(&ef::cpu::step_gram));
   m.impl("step_project", TORCH_BOX(&ef::cpu::step_project));
   m.impl("step_update", TORCH_BOX(&ef::cpu::step_update));

@@ -44,6 +44,8 @@ CPP: dict[str, tuple[torch.dtype, ...]] = {
     "sqnorm_conv": _FLOATS,
     "project": _FLOATS,
     "project_random": _FLOATS,
+    "project_random_conv": _FLOATS,
+    "project_random_embedding": _FLOATS,
     "step_gram": _FLOATS,
     "step_project": _FLOATS,
     "step_update": _FLOATS,

@@ -59,16 +59,17 @@ def _rows(
 
 @triton.jit
 def _random(
-    x, partial, n, k, x_pitch, width, per_split, first, base, size,
+    x, partial, n, k, x_pitch, width, per_split, first, base, size, d_in, volume,
     k0: tl.int64, k1: tl.int64, o0: tl.int64, o1: tl.int64,
-    GAUSSIAN: tl.constexpr, BLOCKED: tl.constexpr, PREC: tl.constexpr,
+    GAUSSIAN: tl.constexpr, BLOCKED: tl.constexpr, TURNED: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial[split] (n, k) += x (n, width) · Dᵀ, D[j, q] = Philox element j·size + base + q, drawn here.
 
     BLOCKED: size and base are multiples of 4, so one Philox call gives four neighbours.
+    TURNED: rows of d_in stand channels fastest in the scratch, kernel positions (volume of them) fastest in the stream.
     Bytes: the scratch, from L2; the basis costs none.  FLOPs: 2·n·k·width, and about 25 integer operations an element
-    of D and block of samples.  Limit: integer arithmetic.  Fraction reached: not yet run on a GPU.
+    of D and block of samples, 100 where not BLOCKED.  Limit: integer arithmetic.  Fraction reached: not yet run on a GPU.
     """
     cols = tl.cdiv(k, BN)
     i = (tl.program_id(0) // cols) * BM + tl.arange(0, BM)
@@ -82,7 +83,11 @@ def _random(
     for q in range(start, stop, BK):
         c = q + tl.arange(0, BK)
         u = tl.load(x + xo[:, None] + c[None, :], mask=im[:, None] & (c < stop)[None, :], other=0.0)
-        if BLOCKED:
+        if TURNED:
+            inner = c % d_in
+            channels = d_in // volume
+            v = philox.single_values(row + (c - inner + inner % channels * volume + inner // channels)[None, :], k0, k1, o0, o1, GAUSSIAN)
+        elif BLOCKED:
             block = (row + q) // 4 + tl.arange(0, BK // 4)[None, :]
             v = philox.values(block, k0, k1, o0, o1, GAUSSIAN)
         else:
@@ -97,12 +102,14 @@ def _random(
 
 @triton.jit
 def _lookup(
-    ids, b, basis, out, t, d, count, b_sample, b_position, padding_idx, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    ids, b, basis, out, t, d, count, b_sample, b_position, padding_idx, k0: tl.int64, k1: tl.int64, o0: tl.int64, o1: tl.int64,
+    DRAWN: tl.constexpr, GAUSSIAN: tl.constexpr, BLOCKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[i, k] = Σ_t <b_it, D_k[ids_it]>, positions of padding_idx left out.
 
-    Bytes: b and as many basis rows, once for each direction.  FLOPs: 2·k·n·t·d.  Limit: bandwidth.
-    Fraction reached: not yet run on a GPU.
+    DRAWN: element e of D_k, flat, is Philox element k·count·d + e; BLOCKED: d is a multiple of 4.
+    Bytes: b and as many basis rows, once for each direction.  FLOPs: 2·k·n·t·d.  Limit: bandwidth; drawn, integer arithmetic, 25 to 100
+    operations an element of a row for each position that holds it.  Fraction reached: not yet run on a GPU.
     """
     i, k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -115,7 +122,14 @@ def _lookup(
             e = e0 + tl.arange(0, BLOCK)
             mask = rm[:, None] & (e < d)[None, :]
             u = tl.load(b + bo[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
-            acc += u * tl.load(basis + do[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
+            if not DRAWN:
+                v = tl.load(basis + do[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
+            elif BLOCKED:
+                block = (do[:, None] + e0) // 4 + tl.arange(0, BLOCK // 4)[None, :]
+                v = philox.values(block, k0, k1, o0, o1, GAUSSIAN)
+            else:
+                v = philox.single_values(do[:, None] + e[None, :], k0, k1, o0, o1, GAUSSIAN)
+            acc += u * v
     tl.store(out + i * tl.num_programs(1) + k, tl.sum(acc))
 
 
@@ -178,13 +192,24 @@ def project_conv(x: Tensor, g: Tensor, basis: Tensor, stride, padding, dilation,
 
 @launch.on_device
 def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, padding_idx: int = -1) -> Tensor:
-    s = layer.side(b, b)
-    k, count, d = basis.shape
+    return _looked_up(ids, b, basis.contiguous(), *basis.shape[:2], padding_idx, (0, 0, 0, 0))
+
+
+@launch.on_device
+def project_random_embedding(
+    ids: Tensor, b: Tensor, k: int, num_embeddings: int, seed: int, offset: int = 0, kind: str = "sign", padding_idx: int = -1
+) -> Tensor:
+    return _looked_up(ids, b, None, k, num_embeddings, padding_idx, philox.key(seed, offset), kind == "gaussian")
+
+
+def _looked_up(ids: Tensor, b: Tensor, basis: Tensor | None, k: int, count: int, padding_idx: int, key, gaussian: bool = False) -> Tensor:
+    s, d = layer.side(b, b), b.shape[2]
     out = b.new_zeros(s.n, k, dtype=torch.float32)
     if 0 in (s.n, s.t, k, d):
         return out
     _lookup[(s.n, k)](
-        ids.contiguous(), s.b, basis.contiguous(), out, s.t, d, count, s.b_sample, s.b_position, padding_idx,
+        ids.contiguous(), s.b, s.b if basis is None else basis, out, s.t, d, count, s.b_sample, s.b_position, padding_idx, *key,
+        DRAWN=basis is None, GAUSSIAN=gaussian, BLOCKED=basis is None and d % 4 == 0,
         ROWS=launch.power_of_2(s.t, 4, 16), BLOCK=launch.power_of_2(d, 32, 128), num_warps=4,
     )  # fmt: skip
     return out
@@ -192,10 +217,21 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, padding_idx: int = 
 
 @launch.on_device
 def project_random(a: Tensor, b: Tensor, k: int, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
-    shape, s = layer.linear(a, b)
+    return _drawn(*layer.linear(a, b), k, 1, seed, offset, kind)
+
+
+@launch.on_device
+def project_random_conv(
+    x: Tensor, g: Tensor, k: int, kernel_size, stride, padding, dilation, groups: int, seed: int, offset: int = 0, kind: str = "sign",
+) -> Tensor:  # fmt: skip
+    return _drawn(*layer.conv(x, g, kernel_size, stride, padding, dilation, groups), k, math.prod(kernel_size), seed, offset, kind)
+
+
+def _drawn(shape: Layer, s: Side, k: int, volume: int, seed: int, offset: int, kind: str) -> Tensor:
+    """volume: of a convolution's kernel."""
     if 0 in (s.n, s.t, k, shape.d_in, shape.d_out):
         return s.a.new_zeros(s.n, k, dtype=torch.float32)
-    size = shape.d_in * shape.d_out
+    size = shape.groups * shape.d_in * shape.d_out
     dtype = tiles.scratch_dtype(s.a.dtype)
     cfg = tune.config("random", RANDOM[dtype.itemsize], str(dtype))
 
@@ -203,8 +239,8 @@ def project_random(a: Tensor, b: Tensor, k: int, seed: int, offset: int = 0, kin
         count = partial.shape[0]
         per = cdiv(cdiv(width, count), cfg["BK"]) * cfg["BK"]
         _random[(cdiv(s.n, cfg["BM"]) * cdiv(k, cfg["BN"]), count)](
-            scratch, partial, s.n, k, scratch.stride(0), width, per, int(first), at, size, *philox.key(seed, offset),
-            GAUSSIAN=kind == "gaussian", BLOCKED=math.gcd(size, at) % 4 == 0,
+            scratch, partial, s.n, k, scratch.stride(0), width, per, int(first), at, size, shape.d_in, volume, *philox.key(seed, offset),
+            GAUSSIAN=kind == "gaussian", BLOCKED=volume == 1 and math.gcd(size, at) % 4 == 0, TURNED=volume > 1,
             PREC=tiles.contract_precision(s.a.dtype), **cfg,
         )  # fmt: skip
 
@@ -212,7 +248,7 @@ def project_random(a: Tensor, b: Tensor, k: int, seed: int, offset: int = 0, kin
 
 
 def refuse(op: str, *args) -> str | None:
-    if op == "project_random":
+    if "random" in op:
         return launch.refuse_factors(*args[:2])
     factors, basis = args[:2], args[2]
     if basis.dtype not in launch.LOW:

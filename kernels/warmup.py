@@ -33,11 +33,13 @@ def _contractions(dtype: torch.dtype, device) -> None:
         project.project(*many, torch.zeros(k, 64, 64, dtype=dtype, device=device))
     for kind in ("sign", "gaussian"):
         project.project_random(*many, 16, seed=0, kind=kind)
+        project.project_random_conv(x, g, 16, *shape, seed=0, kind=kind)
     ids = torch.zeros(32, 64, dtype=torch.int64, device=device)
     gram.gram_embedding(ids, many[1])
     sqnorm.sqnorm_embedding(ids, many[1])
     combine.combine_embedding(ids, many[1], w, 128)
     project.project_embedding(ids, many[1], torch.zeros(2, 128, 64, dtype=dtype, device=device))
+    project.project_random_embedding(ids, many[1], 2, 128, seed=0)
 
 
 def _losses(dtype: torch.dtype, device) -> None:

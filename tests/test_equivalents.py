@@ -40,6 +40,7 @@ LOSSES, REFERENCE = (some(7).abs().requires_grad_() for _ in range(2))
 S, V = some(3, 20), some(20)
 K, C = S @ S.T, S @ V
 DIRECTIONS, (MOMENTUM, GRADS) = lists(2), lists(2)
+DRAWS = {"philox": ef.reference.philox}
 MODEL, X, Y = torch.nn.Linear(4, 3).double(), some(6, 4), torch.arange(6) % 3
 STAGE1 = dict(remote_start=0.7, multiplier=torch.tensor(0.4), mu=3.0, gamma=2.0, clip=0.8)
 
@@ -56,6 +57,10 @@ CASES = {
     "ops.project": case(a=A, b=B, basis=some(3, 2, 6)),
     "ops.project_conv": case(also={"shape": SHAPE}, basis=some(3, *SHAPE), **IMAGES),
     "ops.project_embedding": case(basis=some(3, 5, 2), **IDS),
+    "ops.project_random": case(also=DRAWS, a=A, b=B, k=3, seed=5, offset=2),
+    "ops.project_random_conv": case(
+        also={"shape": SHAPE, "project_conv": ef.ops.project_conv, **DRAWS}, kernel_size=KERNEL, k=3, seed=5, offset=2, **IMAGES),
+    "ops.project_random_embedding": case(also=DRAWS, k=3, num_embeddings=5, seed=5, offset=2, **IDS),
     "ops.sample_loss": case(logits=some(6, 3), target=Y),
     "ops.sqnorm": case(a=A, b=B),
     "ops.sqnorm_conv": case(also={"shape": SHAPE}, kernel_size=KERNEL, **IMAGES),
@@ -113,6 +118,18 @@ def test_steps_that_write():
     ef.ops.step_lookahead(params, grads, 0.3)
     plain(ef.ops.step_lookahead, {"params": copies, "grads": grads, "alpha": 0.3, "torch": torch})
     torch.testing.assert_close(params, copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+def test_random_directions_of_a_tape(kind, dtype):
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)).to(dtype), X.to(dtype)
+    model.unused = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+    with ef.capture(model) as tape:
+        tape.backward(model(x).square().sum(1))
+    names = {"tape": tape, "philox": ef.reference.philox, "k": 9, "seed": 5, "kind": kind, "torch": torch}
+    tolerance = dict(rtol=1e-10, atol=1e-10) if (dtype, kind) == (torch.float64, "sign") else dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tape.project_random(9, seed=5, kind=kind), plain(ef.Tape.project_random, names), **tolerance)
 
 
 @pytest.mark.parametrize("ours, theirs, options", [

@@ -34,6 +34,8 @@ CALLS = {
     "project_conv": (ops.project_conv, lambda: dict(x=r(N, 2, 5), g=r(N, 3, 3), basis=r(1, 3, 2, 3)), "x g basis"),
     "project_embedding": (ops.project_embedding, lambda: dict(ids=ids, b=r(N, 3, 2), basis=r(1, 5, 2)), "ids b basis"),
     "project_random": (ops.project_random, lambda: dict(a=r(N, 3), b=r(N, 2), k=2, seed=0), "a b"),
+    "project_random_conv": (ops.project_random_conv, lambda: dict(x=r(N, 2, 5), g=r(N, 3, 3), k=2, kernel_size=3, seed=0), "x g"),
+    "project_random_embedding": (ops.project_random_embedding, lambda: dict(ids=ids, b=r(N, 3, 2), k=2, num_embeddings=5, seed=0), "ids b"),
     "combine": (ops.combine, lambda: dict(a=r(N, 3), b=r(N, 2), w=r(2, N)), "a b w"),
     "combine_conv": (ops.combine_conv, lambda: dict(x=r(N, 2, 5), g=r(N, 3, 3), w=r(1, N), kernel_size=3), "x g w"),
     "combine_embedding": (ops.combine_embedding, lambda: dict(ids=ids, b=r(N, 3, 2), w=r(1, N), num_embeddings=5), "ids b w"),

@@ -73,24 +73,38 @@ template <class T> void GivenGradients<T>::form(int64_t i, const Piece& p, T* ce
   }
 }
 
+Stream stream_of(const char* op, int64_t k, int64_t seed, int64_t offset, const std::string& kind) {
+  STD_TORCH_CHECK(k >= 0 && (kind == "sign" || kind == "gaussian"), op, ": k >= 0, kind sign or gaussian");
+  return {(uint64_t)seed, (uint64_t)offset, kind == "sign"};
+}
+
 template <class T>
-RandomGradients<T>::RandomGradients(int64_t first_, int64_t k, int64_t d_in_, int64_t d_out_, const std::vector<Piece>& like,
-                                    uint64_t seed_, uint64_t offset_, bool sign_)
-    : first(first_), d_in(d_in_), d_out(d_out_), seed(seed_), offset(offset_), sign(sign_) {
+RandomGradients<T>::RandomGradients(int64_t first_, int64_t k, int64_t d_in_, int64_t d_out_, int64_t groups_, bool columns_,
+                                    const std::vector<Piece>& like, const Stream& stream_)
+    : first(first_), d_in(d_in_), d_out(d_out_), groups(groups_), columns(columns_), stream(stream_) {
   this->n = k;
   this->pieces = like;
 }
 
-template <class T> int64_t RandomGradients<T>::work() const { return (kColumns + 4) * sizeof(float); }
+template <class T> int64_t RandomGradients<T>::work() const {
+  int64_t most = 0;
+  for (const Piece& p : this->pieces) most = std::max(most, p.j == d_in ? p.o * p.j : p.j);
+  return (most + 3) * sizeof(float);
+}
 
 template <class T> void RandomGradients<T>::form(int64_t i, const Piece& p, T* cells, void* work) const {
-  const int64_t width = p.cells / p.o;
-  float* drawn = (float*)work;
+  const int64_t start = (((first + i) * groups + p.group) * (d_out / groups) + p.o0) * d_in + p.j0;
+  const int64_t down = columns ? 1 : p.cells / p.o, across = columns ? p.cells / p.j : 1;
+  // short rows that follow one another in the stream: a draw at a time is many
+  const float* all = p.j == d_in ? stream.draw(start, p.o * p.j, (float*)work) : nullptr;
+  if (p.cells > p.o * p.j) std::memset((void*)cells, 0, p.cells * sizeof(T));
   for (int64_t o = 0; o < p.o; ++o) {
-    const int64_t at = ((first + i) * d_out + p.o0 + o) * d_in + p.j0, lead = at % 4;  // whole Philox blocks
-    (sign ? steps().sign : steps().normal)(drawn, p.j + lead, at - lead, seed, offset);
-    for (int64_t j = 0; j < p.j; ++j) cells[o * width + j] = (T)drawn[lead + j];
-    std::memset((void*)(cells + o * width + p.j), 0, (width - p.j) * sizeof(T));
+    const float* row = all ? all + o * p.j : stream.draw(start + o * d_in, p.j, (float*)work);
+    T* to = cells + o * down;
+    if (across == 1)
+      for (int64_t j = 0; j < p.j; ++j) to[j] = (T)row[j];
+    else
+      for (int64_t j = 0; j < p.j; ++j) to[j * across] = (T)row[j];
   }
 }
 

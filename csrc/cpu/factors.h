@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "common.h"
@@ -48,13 +49,28 @@ template <class T> struct GivenGradients : Gradients<T> {
   void form(int64_t sample, const Piece&, T* cells, void* work) const override;
 };
 
-// rows that are drawn: element (row, o, j) is that element of Philox stream (seed, offset), laid end to end, as +-1 or normal
-template <class T> struct RandomGradients : Gradients<T> {
-  int64_t first, d_in, d_out;  // the first row that is drawn
+// of Philox: +-1 or standard normals
+struct Stream {
   uint64_t seed, offset;
   bool sign;
-  RandomGradients(int64_t first, int64_t k, int64_t d_in, int64_t d_out, const std::vector<Piece>& like, uint64_t seed, uint64_t offset,
-                  bool sign);
+  // elements [at, at + count), at least one; whole blocks are drawn: `room` holds count + 3
+  const float* draw(int64_t at, int64_t count, float* room) const {
+    const int64_t lead = at % 4;
+    (sign ? steps().sign : steps().normal)(room, count + lead, at - lead, seed, offset);
+    return room + lead;
+  }
+};
+// the arguments of random directions, checked in the name of `op`
+Stream stream_of(const char* op, int64_t k, int64_t seed, int64_t offset, const std::string& kind);
+
+// Rows that are drawn: element (row, o, j) is that element of the stream, rows laid end to end as weights (d_out, d_in). Cut as
+// `like` is, whose o counts from the first of its group; columns: a piece's cells stand j-major, as a convolution's do.
+template <class T> struct RandomGradients : Gradients<T> {
+  int64_t first, d_in, d_out, groups;  // the first row that is drawn
+  bool columns;
+  Stream stream;
+  RandomGradients(int64_t first, int64_t k, int64_t d_in, int64_t d_out, int64_t groups, bool columns, const std::vector<Piece>& like,
+                  const Stream&);
   int64_t work() const override;
   void form(int64_t row, const Piece&, T* cells, void* work) const override;
 };

@@ -4,54 +4,16 @@
 // 2c^2 d) instead of the n^2 t^2 d of all pairs. Bytes: b once. Limit: the FMA rate for common ids, else reading b.
 #include <numeric>
 
-#include "factors.h"
 #include "kernels.h"
+#include "lookup.h"
 #include "scratch.h"
 
 namespace ef::cpu {
 namespace {
 
-struct Entry {
-  int64_t id, sample, position;
-};
-
-std::vector<Entry> sorted(const Tensor& ids, int64_t padding) {
-  const int64_t n = ids.size(0), t = ids.size(1), *at = data<int64_t>(ids);
-  std::vector<Entry> out;
-  for (int64_t p = 0; p < n * t; ++p)
-    if (at[p] != padding) out.push_back({at[p], p / t, p});
-  std::sort(out.begin(), out.end(), [](const Entry& x, const Entry& y) { return x.id != y.id ? x.id < y.id : x.position < y.position; });
-  return out;
-}
-
 struct Span {
   size_t begin, end, begin2, end2;
 };
-
-// rows of one id, one a sample: S. Returns the samples.
-template <class T>
-void gather(const std::vector<Entry>& all, size_t begin, size_t end, const T* b, int64_t d, std::vector<T>& rows,
-            std::vector<int64_t>& samples) {
-  samples.clear();
-  rows.clear();
-  for (size_t e = begin; e < end; ++e) {
-    const T* from = b + all[e].position * d;
-    if (samples.empty() || samples.back() != all[e].sample) {
-      samples.push_back(all[e].sample);
-      rows.insert(rows.end(), from, from + d);
-    } else {
-      T* to = rows.data() + rows.size() - d;
-      for (int64_t c = 0; c < d; ++c) to[c] += from[c];
-    }
-  }
-}
-
-template <class T> void pack_all(const std::vector<T>& rows, int64_t d, int64_t count, T* panels) {
-  const auto& k = contract_of<T>();
-  for (int64_t r = 0; r < (count + k.width - 1) / k.width * k.width; r += k.lanes)
-    k.pack(rows.data() + (r < count ? r * d : 0), d, std::clamp<int64_t>(count - r, 0, k.lanes), d,
-           panels + r / k.width * k.width * d, r % k.width);
-}
 
 template <class T>
 void run(const std::vector<Entry>& left, const T* b, const std::vector<Entry>& right, const T* b2, bool symmetric, int64_t d,
@@ -61,9 +23,7 @@ void run(const std::vector<Entry>& left, const T* b, const std::vector<Entry>& r
   for (size_t i = 0, j = 0; i < left.size() && j < right.size();) {
     if (left[i].id < right[j].id) { ++i; continue; }
     if (left[i].id > right[j].id) { ++j; continue; }
-    size_t i1 = i, j1 = j;
-    while (i1 < left.size() && left[i1].id == left[i].id) ++i1;
-    while (j1 < right.size() && right[j1].id == right[j].id) ++j1;
+    const size_t i1 = end_of_id(left, i), j1 = end_of_id(right, j);
     spans.push_back({i, i1, j, j1});
     i = i1, j = j1;
   }
@@ -90,8 +50,8 @@ void run(const std::vector<Entry>& left, const T* b, const std::vector<Entry>& r
         T* panels2 = symmetric ? panels : panels + cp * d;
         T* local = (T*)scratch(Slot::work, c * e * sizeof(T));
         std::fill(local, local + c * e, T(0));
-        pack_all(rows, d, c, panels);
-        if (!symmetric) pack_all(rows2, d, e, panels2);
+        pack_all(rows.data(), d, d, c, panels);
+        if (!symmetric) pack_all(rows2.data(), d, d, e, panels2);
         tiles.clear();
         for (int64_t r = 0; r < c; r += k.rows)
           for (int64_t j = 0; j < (symmetric ? std::min(r + k.rows, c) : e); j += k.width)

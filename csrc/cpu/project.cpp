@@ -1,4 +1,4 @@
-// project: c_ik = <G_i, D_k>, per-sample gradients of a linear layer onto k directions, given or drawn.
+// project: c_ik = <G_i, D_k>, per-sample gradients of a linear layer onto k directions, given or drawn; drawn ones of a convolution.
 //
 //   factors  D_k against the factors, (b D_k) o a, some samples at a time: through torch's GEMM    2 n t k d_in d_out FLOPs
 //   tiles    gradients formed, packed, multiplied by the same piece of every direction             2 n (t + k) d_in d_out FLOPs
@@ -52,7 +52,7 @@ template <class T> void by_factors(const Tensor& a, const Tensor& b, const Tenso
 }
 
 // `make(first, count)`: some of the directions, as gradients
-template <class T, class F> void by_tiles(const LinearGradients<T>& left, int64_t k, Tensor& out, F make) {
+template <class T, class F> void by_tiles(const Gradients<T>& left, int64_t k, Tensor& out, F make) {
   for (int64_t first = 0; first < k; first += kDirections) {
     const int64_t count = std::min(kDirections, k - first);
     const auto right = make(first, count);
@@ -102,7 +102,7 @@ Tensor project(const Tensor& a, const Tensor& b, const Tensor& basis_) {
 }
 
 Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed, int64_t offset, std::string kind) {
-  STD_TORCH_CHECK(k >= 0 && (kind == "sign" || kind == "gaussian"), "project_random: k >= 0, kind sign or gaussian");
+  const Stream stream = stream_of("project_random", k, seed, offset, kind);
   auto [x, out] = onto(a, b, k);
   if (nothing(x, out)) return out;
   by_wide_type(out.scalar_type(), [&, &x = x, &out = out](auto zero) {
@@ -110,7 +110,27 @@ Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed,
     // not swapped: a row of a piece is then drawn as it follows in the stream
     const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out, false);
     by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) {
-      return RandomGradients<T>(first, count, x.d_in, x.d_out, left.pieces, (uint64_t)seed, (uint64_t)offset, kind == "sign");
+      return RandomGradients<T>(first, count, x.d_in, x.d_out, 1, false, left.pieces, stream);
+    });
+  });
+  return out;
+}
+
+Tensor project_random_conv(const Tensor& x_, const Tensor& g_, int64_t k, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                           std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t seed, int64_t offset,
+                           std::string kind) {
+  const Stream stream = stream_of("project_random_conv", k, seed, offset, kind);
+  const ScalarType type = accumulate_type(x_.scalar_type());
+  const Tensor x = dense(x_, type), g = dense(g_, type);
+  const ConvShape s = conv_shape(x, g, kernel, stride, padding, dilation, groups);
+  Tensor out = empty_like_dtype(x, {s.n, k}, type);
+  torch::stable::zero_(out);
+  if (out.numel() == 0 || s.positions() == 0 || s.c_in == 0 || s.c_out == 0) return out;
+  by_wide_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const ConvGradients<T> left(data<T>(x), data<T>(g), s);
+    by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) {
+      return RandomGradients<T>(first, count, s.c_in / s.groups * s.volume(), s.c_out, s.groups, true, left.pieces, stream);
     });
   });
   return out;

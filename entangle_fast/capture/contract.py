@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..reference.per_sample import CHUNK_BYTES, chunks
-from .factors import DenseFactor, Factor, LinearFactor
+from .factors import ConvFactor, DenseFactor, Factor, LinearFactor
 from .sources import Source
 
 Use = tuple[Source, Factor]
@@ -169,6 +169,52 @@ class Contraction:
             part = factor.project(basis)
             total = part if total is None else total + part
         return total
+
+    def project_random(self, k: int, seed: int, kind: str) -> Tensor:
+        """(n, k): parameter i onto the directions of stream (seed, i). Linear in the uses: nothing to add first."""
+        whole = [(source, self._whole(source, factor)) for source, factor in self.uses]
+        parts = [factor.project_random(k, seed, source.params[0], kind) for source, factor in whole if factor is not None]
+        pulled = [use for use, (_, factor) in zip(self.uses, whole) if factor is None]
+        if pulled:
+            reach = sorted({i for source, _ in pulled for i in source.params})
+            rest = Contraction(Component(reach, pulled), self.params, self.n)
+            parts.append(rest._pulled_onto_random(k, seed, kind))
+        return sum(parts[1:], parts[0])
+
+    def _whole(self, source: Source, factor: Factor) -> Factor | None:
+        """The factor with the parameter's elements in their order; None for a source that has none: copies, parts, products."""
+        if source.identity:
+            return factor
+        x, p = source.value, self.params[source.params[0]]
+        if not (source.isometric and source.region and x.numel() == p.numel() and p.is_contiguous()):
+            return None
+        if x.is_contiguous():  # a view of all of it
+            return factor
+        return LinearFactor(factor.b, factor.a) if isinstance(factor, LinearFactor) and x.mT.is_contiguous() else None
+
+    def _pulled_onto_random(self, k: int, seed: int, kind: str) -> Tensor:
+        """Explicit gradients: as many samples at a time as a chunk holds, since each chunk draws anew; formed by fewer, where the
+        source is larger than its parameters (LoRA)."""
+        out = []
+        kept = 4 * sum(self.params[i].numel() for i in self.indices)
+        for lo, hi in chunks(self.n, kept):
+            rows: dict[int, Tensor] = {}
+            for start, stop in chunks(hi - lo, self.bytes_of_a_sample()):
+                for i, g in self.per_sample(lo + start, lo + stop).items():
+                    if i not in rows:
+                        rows[i] = g.new_empty(hi - lo, *g.shape[1:])
+                    rows[i][start:stop] = g
+            none = torch.zeros(hi - lo, k, device=self.params[self.indices[0]].device)
+            out.append(sum((DenseFactor(g).project_random(k, seed, i, kind) for i, g in rows.items()), none))
+        return torch.cat(out)
+
+    def bytes_of_a_sample(self) -> int:
+        """Of explicit gradients in float32, of the sources and of the parameters, and what a convolution unfolds to form them."""
+        count = sum(source.value.numel() for source, _ in self.uses) + sum(self.params[i].numel() for i in self.indices)
+        for _, factor in self.uses:
+            if isinstance(factor, ConvFactor):
+                count += factor.x.shape[1] * torch.Size(factor.kernel_size).numel() * factor.g.shape[2:].numel()
+        return 4 * count
 
     def combine(self, w: Tensor) -> dict[int, Tensor]:
         """w (m, n) → position → (m, *shape)."""

@@ -1,7 +1,7 @@
 """The factored per-sample gradients of one use of one weight, and their contractions.
 
 A factor knows n samples of a weight's gradient without holding n copies of the weight:
-gram(other), sqnorm(), project(basis), combine(w), and slices of the explicit gradients for the cases
+gram(other), sqnorm(), project(basis), project_random(k, …), combine(w), and slices of the explicit gradients for the cases
 where uses of one parameter have to be added before they are contracted.
 """
 
@@ -48,6 +48,9 @@ class LinearFactor:
     def project(self, basis: Tensor) -> Tensor:
         return ops.project(*self.pair(), basis.to(self.a.dtype))
 
+    def project_random(self, k: int, seed: int, offset: int, kind: str) -> Tensor:
+        return ops.project_random(*self.pair(), k, seed=seed, offset=offset, kind=kind)
+
     def combine(self, w: Tensor) -> Tensor:
         return ops.combine(*self.pair(), w)
 
@@ -90,6 +93,9 @@ class ConvFactor:
     def project(self, basis: Tensor) -> Tensor:
         basis = basis.reshape(len(basis), self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel_size)
         return ops.project_conv(self.x, self.g, basis.to(self.x.dtype), **self._shape())
+
+    def project_random(self, k: int, seed: int, offset: int, kind: str) -> Tensor:
+        return ops.project_random_conv(self.x, self.g, k, self.kernel_size, seed=seed, offset=offset, kind=kind, **self._shape())
 
     def combine(self, w: Tensor) -> Tensor:
         return ops.combine_conv(self.x, self.g, w, self.kernel_size, **self._shape())
@@ -138,6 +144,11 @@ class EmbeddingFactor:
     def project(self, basis: Tensor) -> Tensor:
         return ops.project_embedding(self.ids, self.b, basis, padding_idx=self.padding_idx)
 
+    def project_random(self, k: int, seed: int, offset: int, kind: str) -> Tensor:
+        return ops.project_random_embedding(
+            self.ids, self.b, k, self.num_embeddings, seed=seed, offset=offset, kind=kind, padding_idx=self.padding_idx
+        )
+
     def combine(self, w: Tensor) -> Tensor:
         return ops.combine_embedding(self.ids, self.b, w, self.num_embeddings, padding_idx=self.padding_idx)
 
@@ -183,6 +194,10 @@ class DenseFactor:
     def project(self, basis: Tensor) -> Tensor:
         flat = self.flat
         return flat @ basis.reshape(len(basis), flat.shape[1]).to(flat.dtype).mT
+
+    def project_random(self, k: int, seed: int, offset: int, kind: str) -> Tensor:
+        flat = self.flat  # a layer with one output, whose gradient is 1
+        return ops.project_random(flat, flat.new_ones(len(flat), 1), k, seed=seed, offset=offset, kind=kind)
 
     def combine(self, w: Tensor) -> Tensor:
         flat = self.flat.to(per_sample.accumulate_dtype(self.v, w))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference.per_sample import accumulate_dtype, chunks
 from .contract import Contraction
-from .factors import ConvFactor, LinearFactor
+from .factors import LinearFactor
 from .tape import Tape
 
 
@@ -25,7 +25,7 @@ def square_sums(tape: Tape) -> list[Tensor]:
             a, b = (x[:, 0].to(found[part.indices[0]].dtype).square() for x in (factor.a, factor.b))
             found[part.indices[0]] += b.mT @ a
             continue
-        for lo, hi in chunks(part.n, _bytes_of_a_sample(part)):
+        for lo, hi in chunks(part.n, part.bytes_of_a_sample()):
             for i, g in part.per_sample(lo, hi).items():
                 found[i] += g.to(found[i].dtype).square().sum(0).view(found[i].shape)
     return found
@@ -36,12 +36,3 @@ def _one_position(part: Contraction) -> bool:
         return False
     source, factor = part.uses[0]
     return source.identity and isinstance(factor, LinearFactor) and factor.a.shape[1] == 1
-
-
-def _bytes_of_a_sample(part: Contraction) -> int:
-    """Gradients, and what a convolution unfolds to form them."""
-    count = sum(source.value.numel() for source, _ in part.uses) + sum(part.params[i].numel() for i in part.indices)
-    for _, factor in part.uses:
-        if isinstance(factor, ConvFactor):
-            count += factor.x.shape[1] * torch.Size(factor.kernel_size).numel() * factor.g.shape[2:].numel()
-    return 4 * count

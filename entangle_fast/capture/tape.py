@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..ops import check
 from .contract import Component, Contraction, components, grams
 from .errors import CaptureError
 from .factors import Factor
@@ -41,7 +42,7 @@ class Tape:
     """Factors of the per-sample gradients of n samples, for every trainable parameter.
 
     Made by ``ef.capture``; use it in this order: forward inside the ``with``, ``backward(losses)`` once, then any of
-    ``gram``, ``sqnorms``, ``project``, ``combine``, ``per_sample``.
+    ``gram``, ``sqnorms``, ``project``, ``project_random``, ``combine``, ``per_sample``.
 
     Attributes:
         names: the trainable parameters' names; results that are lists follow this order.
@@ -351,6 +352,33 @@ class Tape:
                 raise ValueError(f"directions[{k}]: needs {len(self.params)} tensors shaped like tape.params, in that order")
         maps = [dict(enumerate(d)) for d in directions]
         return self._total([c.project(maps) for c in self._contractions()], (self.n, len(directions)))
+
+    @check.kinds
+    def project_random(self, k: int, *, seed: int, kind: str = "sign") -> Tensor:
+        """<g_i, D_j> for k random directions over all parameters, which are generated and never stored → (n, k): the features of TRAK.
+
+        Args:
+            k: how many. The first ones of a larger k are those of a smaller one.
+            seed: element e of direction j, of parameter i of ``params`` laid flat, is Philox element j·numel_i + e of stream (seed, i):
+                the numbers depend on nothing else, be it the backend, the layer, how often a parameter is used, or the chunks.
+            kind: "sign" (±1) or "gaussian" (standard normal, drawn in float32).
+
+        Not divided by √k: with another tape of the same parameters and the same seed, ``sketch @ other_sketch.T / k`` estimates
+        ``gram(other)``, an entry to within about ‖g_i‖·‖g'_j‖/√k (Johnson & Lindenstrauss).
+
+        Returns: float32; float64 for float64. Linear layers, convolutions and embeddings are contracted from their factors, biases and
+        norms from what the tape holds. Where a weight is computed from parameters (LoRA merged, weight norm, parts of a
+        parameter), gradients are formed for as many samples as two chunks of 64 MiB hold (128 in float64), one at least.
+
+        Equivalent to: ``draw = {"sign": philox.sign, "gaussian": philox.normal}[kind];
+        G = [g.view(tape.n, p.numel()) for p, g in zip(tape.params, tape.per_sample().values())];
+        sum(g @ draw(k * g.shape[1], seed, i).view(k, g.shape[1]).T.to(g.dtype) for i, g in enumerate(G))``
+        with philox from entangle_fast.reference
+
+        Raises: ValueError and TypeError naming k, seed or kind; CaptureError before the backward, and after one with stream=.
+        """
+        check.directions(k, seed, kind)
+        return self._total([c.project_random(k, seed, kind) for c in self._contractions()], (self.n, k))
 
     def combine(self, w: Tensor | None = None) -> list:
         """Σ_i w_i g_i: w (n,) → list of tensors like ``params``; w (m, n) → m such lists.

@@ -146,6 +146,13 @@ def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     require(value in known, f"{name}: got {value!r}; needs one of {', '.join(map(repr, known))}")
 
 
+def directions(k: int, seed: int, kind: str) -> None:
+    """Random directions."""
+    require(k >= 0, f"k: got {k}; needs a number of directions >= 0")
+    require(-(2**63) <= seed < 2**63, f"seed: got {seed}; needs an integer of 64 bits, in [-2**63, 2**63)")
+    choice("kind", kind, ("sign", "gaussian"))
+
+
 # ---- kinds ----
 
 

@@ -66,6 +66,9 @@ def project_random(a: Tensor, b: Tensor, k: int, *, seed: int, offset: int = 0, 
 
     Divided by √k, dot products of the rows estimate those of the gradients (Johnson & Lindenstrauss).
 
+    Equivalent to: ``D = philox.sign(k * b.shape[-1] * a.shape[-1], seed, offset).view(k, b.shape[-1], a.shape[-1]);
+    torch.einsum("nto,nti,koi->nk", b, a, D.to(a.dtype))`` for "sign", with philox from entangle_fast.reference
+
     >>> import torch, entangle_fast as ef
     >>> a, b = torch.randn(6, 20), torch.randn(6, 10)
     >>> sketch = ef.ops.project_random(a, b, 4096, seed=0) / 4096**0.5
@@ -74,6 +77,42 @@ def project_random(a: Tensor, b: Tensor, k: int, *, seed: int, offset: int = 0, 
     True
     """
     check.factors(a, b)
-    check.require(k >= 0, f"k: got {k}; needs a number of directions >= 0")
-    check.choice("kind", kind, ("sign", "gaussian"))
+    check.directions(k, seed, kind)
     return call("project_random", a, b, k, seed, offset, kind)
+
+
+@check.kinds
+def project_random_conv(
+    x: Tensor, g: Tensor, k: int, kernel_size, *, seed: int, stride=1, padding=0, dilation=1, groups: int = 1, offset: int = 0,
+    kind: str = "sign",
+) -> Tensor:  # fmt: skip
+    """A convolution's per-sample weight gradients onto k random directions, (n, k); nothing is unfolded, no direction stored.
+
+    x (n,C_in,*size), g (n,C_out,*out), and how they belong together as in gram_conv; k, seed, offset and kind as in project_random:
+    element e of direction j, flat in a weight (C_out, C_in/groups, *kernel_size), is Philox element j·numel + e of stream (seed, offset).
+
+    Equivalent to: ``D = philox.sign(k * torch.Size(shape).numel(), seed, offset).view(k, *shape);
+    project_conv(x, g, D, stride=stride, padding=padding, dilation=dilation, groups=groups)`` for "sign" and a weight of that shape
+    """
+    shape = check.conv_arguments(x, g, kernel_size, stride, padding, dilation, groups)
+    check.directions(k, seed, kind)
+    return call("project_random_conv", x, g, k, *shape, groups, seed, offset, kind)
+
+
+@check.kinds
+def project_random_embedding(
+    ids: Tensor, b: Tensor, k: int, num_embeddings: int, *, seed: int, offset: int = 0, kind: str = "sign", padding_idx: int | None = None
+) -> Tensor:
+    """A lookup table's per-sample gradients onto k random directions, (n, k); drawn are only the rows that ids name.
+
+    ids (n,t), b (n,t,d); k, seed, offset and kind as in project_random: element e of direction j, flat in the (num_embeddings, d) table,
+    is Philox element j·numel + e of stream (seed, offset).
+
+    Equivalent to: ``D = philox.sign(k * num_embeddings * b.shape[2], seed, offset).view(k, num_embeddings, b.shape[2]);
+    torch.einsum("ntd,kntd->nk", b, D[:, ids].to(b.dtype))`` for "sign" without padding_idx
+    """
+    check.lookup(ids, b)
+    check.directions(k, seed, kind)
+    check.in_table(ids, num_embeddings)
+    padding = -1 if padding_idx is None else padding_idx
+    return call("project_random_embedding", ids, b, k, num_embeddings, seed, offset, kind, padding)

@@ -62,6 +62,8 @@ FAKES = {
     "project_conv": lambda x, g, basis, *_: _matrix(x, x.shape[0], basis.shape[0]),
     "project_embedding": lambda ids, b, basis, padding_idx=-1: _matrix(b, b.shape[0], basis.shape[0]),
     "project_random": lambda a, b, k, seed, offset=0, kind="sign": _matrix(a, a.shape[0], k),
+    "project_random_conv": lambda x, g, k, *_: _matrix(x, x.shape[0], k),
+    "project_random_embedding": lambda ids, b, k, *_: _matrix(b, b.shape[0], k),
     "combine": lambda a, b, w: a.new_empty((w.shape[0], b.shape[-1], a.shape[-1]), dtype=_dtype(a)),
     "combine_conv": lambda x, g, w, kernel, s, p, d, groups: x.new_empty(
         (w.shape[0], g.shape[1], x.shape[1] // groups, *kernel), dtype=_dtype(x)

@@ -7,7 +7,7 @@ float32 and float64 stay what they are.
 
 from .combine import combine, combine_conv, combine_embedding
 from .gram import gram, gram_conv, gram_embedding, gram_layers
-from .project import project, project_conv, project_embedding, project_random
+from .project import project, project_conv, project_embedding, project_random, project_random_conv, project_random_embedding
 from .sample_loss import (
     linear_sample_loss,
     linear_sample_loss_backward,
@@ -22,7 +22,7 @@ __all__ = [
     "combine", "combine_conv", "combine_embedding",
     "gram", "gram_conv", "gram_embedding", "gram_layers",
     "linear_sample_loss", "linear_sample_loss_backward",
-    "project", "project_conv", "project_embedding", "project_random",
+    "project", "project_conv", "project_embedding", "project_random", "project_random_conv", "project_random_embedding",
     "sample_loss", "sample_loss_backward",
     "sqnorm", "sqnorm_conv", "sqnorm_embedding",
     "step_adamw", "step_gram", "step_lookahead", "step_lookahead_undo", "step_project", "step_update",

@@ -15,7 +15,11 @@ _M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFF
 
 
 def _blocks(first: int, count: int, seed: int, offset: int | Tensor, device) -> list[Tensor]:
-    index = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    return _words(torch.arange(first, first + count, dtype=torch.int64, device=device), seed, offset)
+
+
+def _words(index: Tensor, seed: int, offset: int | Tensor) -> list[Tensor]:
+    """The four words of blocks ``index``, int64 of any shape."""
     zero = torch.zeros_like(index)
     c = [index & _MASK, (index >> 32) & _MASK, zero + (offset & _MASK), zero + ((offset >> 32) & _MASK)]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -24,6 +28,18 @@ def _blocks(first: int, count: int, seed: int, offset: int | Tensor, device) -> 
         c = [((p1 >> 32) & _MASK) ^ c[1] ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c[3] ^ k1, p0 & _MASK]
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c
+
+
+def _numbers(words: list[Tensor], kind: str) -> Tensor:
+    """The four words of blocks (…) → float32 (…, 4): "sign", or "gaussian" by Box–Muller on words (0, 1) and (2, 3)."""
+    if kind == "sign":
+        return 1.0 - 2.0 * (torch.stack(words, -1) >> 31).float()
+    u = [((w >> 8).float() + 0.5) * 2.0**-24 for w in words]
+    out = []
+    for u1, u2 in ((u[0], u[1]), (u[2], u[3])):
+        radius, angle = (-2.0 * u1.log()).sqrt(), (2.0 * math.pi) * u2
+        out += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(out, -1)
 
 
 def words(numel: int, seed: int, offset: int = 0, start: int = 0, device=None) -> Tensor:
@@ -39,16 +55,22 @@ def normal(numel: int, seed: int, offset: int | Tensor = 0, start: int = 0, devi
 
     offset: a 0-d int64 tensor too, which the host never reads.
     """
-    first = start // 4
-    count = (start + numel + 3) // 4 - first
-    u = [((w >> 8).float() + 0.5) * 2.0**-24 for w in _blocks(first, count, seed, offset, device)]
-    out = []
-    for u1, u2 in ((u[0], u[1]), (u[2], u[3])):
-        radius, angle = (-2.0 * u1.log()).sqrt(), (2.0 * math.pi) * u2
-        out += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(out, 1).flatten()[start - 4 * first :][:numel]
+    return _stretch(numel, seed, offset, start, device, "gaussian")
 
 
 def sign(numel: int, seed: int, offset: int = 0, start: int = 0, device=None) -> Tensor:
     """±1 float32 (numel,) from the top bit of each word (set: −1)."""
-    return 1.0 - 2.0 * (words(numel, seed, offset, start, device) >> 31).float()
+    return _stretch(numel, seed, offset, start, device, "sign")
+
+
+def _stretch(numel, seed, offset, start, device, kind) -> Tensor:
+    first = start // 4
+    count = (start + numel + 3) // 4 - first
+    return _numbers(_blocks(first, count, seed, offset, device), kind).flatten()[start - 4 * first :][:numel]
+
+
+def rows(starts: Tensor, width: int, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
+    """float32 (m, width): row r holds elements starts[r], starts[r] + 1, … of the stream. starts: int64 (m,)."""
+    index = (starts // 4).unsqueeze(1) + torch.arange((width + 6) // 4, device=starts.device)
+    drawn = _numbers(_words(index, seed, offset), kind).flatten(1)
+    return drawn.gather(1, (starts % 4).unsqueeze(1) + torch.arange(width, device=starts.device))

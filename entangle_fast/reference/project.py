@@ -40,6 +40,14 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, padding_idx: int = 
     return torch.stack(columns, 1) if columns else b.new_zeros(len(b), 0)
 
 
+def _onto_drawn(grads: Tensor, out: Tensor, seed: int, offset: int, kind: str) -> None:
+    """out (n, k) = grads (n, P) · Dᵀ, D[j, e] = element j·P + e of stream (seed, offset); one direction at a time."""
+    size = grads.shape[1]
+    draw = philox.sign if kind == "sign" else philox.normal
+    for j in range(out.shape[1]):
+        out[:, j] = grads @ draw(size, seed, offset, start=j * size, device=grads.device).to(grads.dtype)
+
+
 def project_random(a: Tensor, b: Tensor, k: int, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
     """Per-sample gradients of a linear layer onto k random directions, (n, k).
 
@@ -49,13 +57,38 @@ def project_random(a: Tensor, b: Tensor, k: int, seed: int, offset: int = 0, kin
     dtype = accumulate_dtype(a, b)
     a, b = with_positions(a).to(dtype), with_positions(b).to(dtype)
     n, _, d_in = a.shape
-    d_out = b.shape[2]
-    size = d_out * d_in
-    draw = philox.sign if kind == "sign" else philox.normal
     out = a.new_zeros(n, k)
-    for lo, hi in chunks(n, size * a.element_size()):
-        grads = per_sample.linear(a[lo:hi], b[lo:hi]).flatten(1)
+    for lo, hi in chunks(n, b.shape[2] * d_in * a.element_size()):
+        _onto_drawn(per_sample.linear(a[lo:hi], b[lo:hi]).flatten(1), out[lo:hi], seed, offset, kind)
+    return out
+
+
+def project_random_conv(
+    x: Tensor, g: Tensor, k: int, kernel_size, stride, padding, dilation, groups: int, seed: int, offset: int = 0, kind: str = "sign",
+) -> Tensor:  # fmt: skip
+    """x (n,C_in,*size), g (n,C_out,*out) → (n, k): the directions of project_random over a weight (C_out, C_in/groups, *kernel)."""
+    n, volume = x.shape[0], torch.Size(kernel_size).numel()
+    out = torch.zeros(n, k, dtype=accumulate_dtype(x, g), device=x.device)
+    unfolded, weight = x.shape[1] * g.shape[2:].numel() * volume, g.shape[1] * (x.shape[1] // groups) * volume
+    for lo, hi in chunks(n, (unfolded + weight) * out.element_size()):
+        grads = per_sample.conv(x[lo:hi], g[lo:hi], kernel_size, stride, padding, dilation, groups)
+        _onto_drawn(grads.flatten(1), out[lo:hi], seed, offset, kind)
+    return out
+
+
+_DRAWN_BYTES = 48  # at work on an element, Philox's int64 words
+
+
+def project_random_embedding(
+    ids: Tensor, b: Tensor, k: int, num_embeddings: int, seed: int, offset: int = 0, kind: str = "sign", padding_idx: int = -1
+) -> Tensor:
+    """ids (n,t), b (n,t,d) → (n, k): the directions of project_random over a (num_embeddings, d) table, in the rows that occur."""
+    n, t, d = b.shape
+    b = (b * (ids != padding_idx).unsqueeze(-1)).to(accumulate_dtype(b))
+    out = b.new_zeros(n, k)
+    for lo, hi in chunks(n, t * d * _DRAWN_BYTES):
+        rows, at = ids[lo:hi].long().unique(return_inverse=True)
         for j in range(k):
-            direction = draw(size, seed, offset, start=j * size, device=a.device).to(dtype)
-            out[lo:hi, j] = grads @ direction
+            drawn = philox.rows((j * num_embeddings + rows) * d, d, seed, offset, kind).to(b.dtype)
+            out[lo:hi, j] = (b[lo:hi] * F.embedding(at, drawn)).sum((1, 2))
     return out

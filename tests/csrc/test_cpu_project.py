@@ -8,6 +8,23 @@ SHAPES = [(7, 1, 5, 3, 2), (33, 1, 70, 130, 40), (9, 3, 1, 1, 1), (5, 16, 37, 15
           (3, 8, 6, 5, 1030), (2, 1, 3, 300_000, 2), (0, 2, 3, 4, 2), (4, 2, 3, 4, 0), (4, 0, 3, 4, 2)]  # fmt: skip
 
 
+@pytest.fixture
+def close_to_drawn(cpp, assert_as_good):
+    """The operation obeys the error rule against the reference."""
+
+    def check(op, *args):
+        plain = getattr(reference, op)
+        truth = plain(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args))
+        ours = getattr(cpp, op)(*args)
+        if "gaussian" in args:  # drawn in float32 on every backend: logarithm and sine differ by units in the last place
+            assert ours.shape == truth.shape
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()) if truth.numel() else 0)
+        else:
+            assert_as_good(ours, plain(*args), truth)
+
+    return check
+
+
 @pytest.mark.parametrize("n,t,d_in,d_out,k", SHAPES)
 def test_onto_given_directions(cpp, assert_as_good, dtype, n, t, d_in, d_out, k):
     a, b, basis = (torch.randn(*s).to(dtype) for s in ((n, t, d_in), (n, t, d_out), (k, d_out, d_in)))
@@ -29,25 +46,57 @@ def test_strides(cpp):
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
 @pytest.mark.parametrize("n,t,d_in,d_out,k", [s for s in SHAPES if s[3] < 300_000])
-def test_onto_drawn_directions(cpp, assert_as_good, dtype, kind, n, t, d_in, d_out, k):
-    a, b = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
-    rest = (k, 2**33 + 7, 5, kind)
-    ours, plain, truth = cpp.project_random(a, b, *rest), reference.project_random(a, b, *rest), None
-    truth = reference.project_random(a.double(), b.double(), *rest)
-    if kind == "gaussian":  # drawn in float32 on every backend: logarithm and sine differ by units in the last place
-        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()) if truth.numel() else 0)
-    else:
-        assert_as_good(ours, plain, truth)
+def test_onto_drawn_directions(close_to_drawn, dtype, kind, n, t, d_in, d_out, k):
+    close_to_drawn("project_random", torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype), k, 2**33 + 7, 5, kind)
 
 
 def test_threads_do_not_matter_beyond_rounding(cpp):
     a, b, basis, before = torch.randn(50, 12, 64), torch.randn(50, 12, 200), torch.randn(64, 200, 64), torch.get_num_threads()
+    images, shape = (torch.randn(20, 6, 8), torch.randn(20, 70, 8)), ([3], [1], [1], [1], 1)
+    ids = torch.randint(0, 30, (50, 12))
     found = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append((cpp.project(a, b, basis), cpp.project_random(a, b, 64, 3)))
+            drawn = cpp.project_random_conv(*images, 9, *shape, 3), cpp.project_random_embedding(ids, b, 70, 30, 3)
+            found.append((cpp.project(a, b, basis), cpp.project_random(a, b, 64, 3), *drawn))
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*found):
         assert (one - other).norm() <= 1e-6 * one.norm()
+
+
+# x, g, kernel, stride, padding, dilation, groups, k: odd widths, more columns and rows than a piece holds, groups, directions in two rounds
+CONVS = [
+    ((5, 3, 9, 8), (5, 7, 5, 8), [3, 3], [2, 1], [1, 1], [1, 1], 1, 5),
+    ((3, 36, 6, 5), (3, 70, 6, 5), [3, 3], [1, 1], [1, 1], [1, 1], 1, 40),
+    ((9, 6, 11), (9, 8, 5), [3], [2], [1], [2], 2, 3),
+    ((2, 4, 3, 5, 4), (2, 4, 3, 5, 4), [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 4, 2),
+    ((17, 40, 4), (17, 33, 4), [1], [1], [0], [1], 1, 1030),
+    ((0, 2, 5), (0, 4, 3), [3], [1], [0], [1], 1, 2),
+    ((2, 2, 5), (2, 4, 3), [3], [1], [0], [1], 1, 0),
+]
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("case", CONVS)
+def test_convolutions_onto_drawn_directions(close_to_drawn, dtype, kind, case):
+    x, g = (torch.randn(shape).to(dtype) for shape in case[:2])
+    *shape, k = case[2:]
+    close_to_drawn("project_random_conv", x, g, k, *shape, 2**33 + 7, 5, kind)
+
+
+# n, t, d, table, k: few ids, one a sample, rows wider than what is drawn at a time, directions of two panels
+LOOKUPS = [(7, 5, 3, 11, 2), (40, 3, 16, 2, 70), (3, 1, 1030, 50, 33), (1, 9, 37, 4, 1), (0, 3, 4, 5, 2), (4, 0, 3, 5, 2), (4, 2, 3, 5, 0)]
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("n,t,d,table,k", LOOKUPS)
+def test_lookups_onto_drawn_directions(cpp, close_to_drawn, dtype, kind, n, t, d, table, k):
+    ids, b = torch.randint(0, table, (n, t)), torch.randn(n, t, d).to(dtype)
+    for padding_idx in (-1, 1):
+        close_to_drawn("project_random_embedding", ids, b, k, table, 2**33 + 7, 5, kind, padding_idx)
+    b[ids == 1] = torch.nan
+    assert cpp.project_random_embedding(ids, b, k, table, 1, 0, kind, 1).isfinite().all()  # a row of padding is not read
+    torch.testing.assert_close(cpp.project_random_embedding(ids.int(), b, k, table, 1), cpp.project_random_embedding(ids, b, k, table, 1),
+                               rtol=0, atol=0, equal_nan=True)  # fmt: skip

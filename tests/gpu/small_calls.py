@@ -53,6 +53,8 @@ def calls(device: str) -> dict:
         "project": lambda: ef.ops.project(a, b, r(3, 24, 40)),
         "project_random": lambda: ef.ops.project_random(a, b, 3, seed=1),
         "project_random bf16": lambda: ef.ops.project_random(low, low_b, 9, seed=1, kind="gaussian"),
+        "project_random of a convolution": lambda: ef.ops.project_random_conv(x, y, 3, 3, seed=1, **conv),
+        "project_random of a table": lambda: ef.ops.project_random_embedding(ids, b, 3, 9, seed=1),
         "step_gram": lambda: ef.ops.step_gram([p, p]),
         "step_update": lambda: ef.ops.step_update(p, None, p, [p], torch.zeros(1, device=device), lr=0.1, noise=0.1),
         "lookahead": undone,

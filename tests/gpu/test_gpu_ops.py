@@ -94,6 +94,8 @@ def test_convolutions(check, case, dtype):
     check("sqnorm_conv", x, g, *shape)
     check("combine_conv", x, g, torch.randn(2, len(x)), *shape)
     check("project_conv", x, g, torch.randn(3, g.shape[1], x.shape[1] // shape[-1], *shape[0]).to(dtype), *shape[1:])
+    for kind in ("sign", "gaussian"):
+        check("project_random_conv", x, g, 3, *shape, -5, 2**40 + 3, kind, eps=1e-6)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -104,6 +106,8 @@ def test_lookups(check, dtype):
         check("sqnorm_embedding", ids, b, padding_idx)
         check("combine_embedding", ids, b, torch.randn(2, 5), 9, padding_idx)
         check("project_embedding", ids, b, torch.randn(3, 9, 40).to(dtype), padding_idx)
+        for kind in ("sign", "gaussian"):
+            check("project_random_embedding", ids, b, 3, 9, -5, 2**40 + 3, kind, padding_idx, eps=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])

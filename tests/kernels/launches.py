@@ -146,6 +146,7 @@ def workloads() -> dict:
             project.project(*many, torch.zeros(16, 64, 64))
             for kind in ("sign", "gaussian"):
                 project.project_random(*many, 16, seed=2**40, kind=kind)
+                project.project_random_conv(x, g, 16, *shape, seed=2**40, kind=kind)
 
         return run
 
@@ -156,6 +157,8 @@ def workloads() -> dict:
             sqnorm.sqnorm_embedding(ids, b)
             combine.combine_embedding(ids, b, torch.zeros(2, 16), 128)
             project.project_embedding(ids, b, torch.zeros(2, 128, 64, dtype=dtype))
+            for width, kind in ((64, "sign"), (64, "gaussian"), (63, "gaussian")):
+                project.project_random_embedding(ids, b[..., :width].contiguous(), 16, 128, seed=2**40, kind=kind)
 
         return run
 
@@ -215,7 +218,7 @@ def unique(launches):
 
 def label(launch) -> str:
     kernel, bound, _ = launch
-    named = "TABLED", "MATCH", "SYMMETRIC", "SPLIT", "GAUSSIAN", "NOISE", "COUNTED", "WRITE", "BOUNDED", "MEAN"
+    named = "TABLED", "MATCH", "SYMMETRIC", "SPLIT", "GAUSSIAN", "DRAWN", "TURNED", "NOISE", "COUNTED", "WRITE", "BOUNDED", "MEAN"
     flags = [k for k in named if bound.get(k)]
     pointers = {str(x.dtype).removeprefix("torch.") for x in bound.values() if hasattr(x, "data_ptr")}
     kind = str(bound.get("P") or bound.get("DTYPE") or "/".join(sorted(p for p in pointers if "float" in p)))

@@ -40,6 +40,8 @@ def arguments(dtype=torch.float32, grad=False):
         "project_conv": (*conv(), r(2, 6, 2, 3), *shape[1:]),
         "project_embedding": (ids(9, N, T), r(N, T, O), r(2, 9, O), 2),
         "project_random": (plain(r(N, T, I)), plain(r(N, T, O)), 3, 7, 1, "sign"),
+        "project_random_conv": (*map(plain, conv()), 3, *shape, 7, 1, "gaussian"),
+        "project_random_embedding": (ids(9, N, T), plain(r(N, T, O)), 3, 9, 7, 1, "sign", 2),
         "combine": (r(N, T, I), r(N, T, O), r(2, N)),
         "combine_conv": (*conv(), r(2, N), *shape),
         "combine_embedding": (ids(9, N, T), r(N, T, O), r(2, N), 9, 2),

@@ -19,7 +19,7 @@ def test_every_schema_has_a_case():
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
-    differentiable = name not in ("project_random", "sample_loss_backward", "linear_sample_loss_backward") and "step" not in name
+    differentiable = not any(part in name for part in ("random", "_backward", "step"))
     kinds = ["test_schema", "test_autograd_registration", "test_faketensor"]
     early = torch.__version__.startswith("2.11.") and name == "combine_conv"  # its convolution's double backward needs real sizes
     if name != "step_lookahead" and not early:  # torch cannot functionalise an in-place op that also returns lists

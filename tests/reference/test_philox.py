@@ -34,6 +34,15 @@ def test_any_part_of_the_stream_is_the_same():
     assert not torch.equal(philox.words(50, 9, 4), whole) and not torch.equal(philox.words(50, 8, 3), whole)
 
 
+def test_rows_that_begin_anywhere():
+    starts = torch.tensor([0, 5, 2**34 + 3, 12])
+    for kind, draw in (("sign", philox.sign), ("gaussian", philox.normal)):
+        for width in (1, 4, 6):
+            drawn = philox.rows(starts, width, 9, 3, kind)
+            assert torch.equal(drawn, torch.stack([draw(width, 9, 3, int(s)) for s in starts]))
+    assert philox.rows(starts, 0, 9).shape == (4, 0) and philox.rows(starts[:0], 5, 9).shape == (0, 5)
+
+
 def test_moments():
     x = philox.normal(200_000, 1).double()
     for power, want in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from plain import far_logits
 
 from entangle_fast import reference as ref
+from entangle_fast.reference import philox
 
 
 @pytest.fixture
@@ -118,13 +119,24 @@ def test_small_chunks_change_nothing(rand, generator, monkeypatch):
     torch.testing.assert_close(ref.gram_embedding(ids, c, padding_idx=2), rows @ rows.T)
 
 
-def test_random_projection_uses_the_philox_stream(rand):
-    from entangle_fast.reference import philox
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("chunk", [64 << 20, 1])
+def test_random_projection_uses_the_philox_stream(rand, generator, kind, chunk, monkeypatch):
+    monkeypatch.setattr("entangle_fast.reference.per_sample.CHUNK_BYTES", chunk)
+    draw, rest = {"sign": philox.sign, "gaussian": philox.normal}[kind], (7, 2, kind)
+
+    def onto(g):
+        return g @ draw(3 * g.shape[1], 7, 2).double().view(3, -1).T
 
     a, b, g = linear(rand)
-    for kind, draw in (("sign", philox.sign), ("gaussian", philox.normal)):
-        basis = draw(3 * g.shape[1], 7, 2).double().view(3, -1)
-        torch.testing.assert_close(ref.project_random(a, b, 3, 7, 2, kind), g @ basis.T)
+    torch.testing.assert_close(ref.project_random(a, b, 3, *rest), onto(g))
+    for shape in CONVS:
+        x, y, kernel, options, grads, _ = conv(rand, shape)
+        torch.testing.assert_close(ref.project_random_conv(x, y, 3, kernel, *options.values(), *rest), onto(grads))
+    ids, c, rows = lookup(rand, generator)
+    torch.testing.assert_close(ref.project_random_embedding(ids, c, 3, 5, *rest, 2), onto(rows))
+    for empty in ((ids[:, :0], c[:, :0]), (ids[:0], c[:0]), (ids, c[..., :0])):
+        assert not ref.project_random_embedding(*empty, 3, 5, *rest).any()
 
 
 def test_gradcheck(rand, generator):

@@ -16,6 +16,11 @@ CONVS = [  # x, g, kernel, stride, padding, dilation, groups
     ((2, 2, 3, 5, 4), (2, 2, 3, 5, 4), [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 1),
     ((2, 32, 5, 5), (2, 32, 5, 5), [3, 3], [1, 1], [1, 1], [1, 1], 2),
 ]
+DRAWN_CONVS = [  # a kernel of 1, no sample, rows in more than one chunk
+    ((2, 3, 5), (2, 4, 5), [1], [1], [0], [1], 1),
+    ((0, 2, 5), (0, 4, 3), [3], [1], [0], [1], 1),
+    ((2, 2, 3), (2, 130, 3), [3], [1], [1], [1], 1),
+]
 
 
 def factors(n, t, d_in, d_out, dtype=torch.float32):
@@ -122,6 +127,25 @@ def test_random_directions_are_those_of_the_reference(shape, kind):
     a, b = factors(*shape)
     check(project, "project_random", a, b, 3, -5, 2**40 + 3, kind)
     check(project, "project_random", a.bfloat16(), b.bfloat16(), 2, 7, 0, kind)
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("case", [*CONVS, *DRAWN_CONVS])
+def test_random_directions_of_convolutions(case, kind, monkeypatch):
+    x, g = torch.randn(case[0]), torch.randn(case[1])
+    check(project, "project_random_conv", x, g, 3, *case[2:], -5, 2**40 + 3, kind)
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 4 * 64)  # many chunks
+    check(project, "project_random_conv", x.bfloat16(), g.bfloat16(), 2, *case[2:], 7, 0, kind)
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("padding_idx", [-1, 2])
+def test_random_directions_of_lookups(padding_idx, kind):
+    ids = torch.randint(0, 9, (5, 19))
+    for d in (13, 12, 132):
+        check(project, "project_random_embedding", ids, torch.randn(5, 19, d), 3, 9, -5, 2**40 + 3, kind, padding_idx)
+    check(project, "project_random_embedding", ids, torch.randn(5, 19, 8).bfloat16(), 2, 2**40, 7, 0, kind, padding_idx)
+    check(project, "project_random_embedding", ids[:, :0], torch.randn(5, 0, 8), 2, 9, 7, 0, kind, padding_idx)
 
 
 def test_refusals_name_the_reason():
