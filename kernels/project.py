@@ -207,10 +207,11 @@ def _looked_up(ids: Tensor, b: Tensor, basis: Tensor | None, k: int, count: int,
     out = b.new_zeros(s.n, k, dtype=torch.float32)
     if 0 in (s.n, s.t, k, d):
         return out
+    most, warps = (64, 8) if basis is None else (128, 4)  # sine and cosine take registers
     _lookup[(s.n, k)](
         ids.contiguous(), s.b, s.b if basis is None else basis, out, s.t, d, count, s.b_sample, s.b_position, padding_idx, *key,
         DRAWN=basis is None, GAUSSIAN=gaussian, BLOCKED=basis is None and d % 4 == 0,
-        ROWS=launch.power_of_2(s.t, 4, 16), BLOCK=launch.power_of_2(d, 32, 128), num_warps=4,
+        ROWS=launch.power_of_2(s.t, 4, 16), BLOCK=launch.power_of_2(d, 32, most), num_warps=warps,
     )  # fmt: skip
     return out
 
