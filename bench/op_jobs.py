@@ -132,6 +132,55 @@ def project_random(n, t, d_in, d_out, k):
     return _project_job("project_random", dict(n=n, t=t, i=d_in, o=d_out, k=k), make)
 
 
+def project_conv(n, c_in, c_out, size, k, kernel=3):
+    """A convolution's per-sample gradients onto k given directions; torch: a convolution with each direction, against g."""
+
+    def make(_):
+        (x, g), basis = _images(n, c_in, c_out, size), torch.randn(k, c_out, c_in, kernel, kernel)
+
+        def convolve():
+            return torch.stack([(F.conv2d(x, d, padding=kernel // 2) * g).flatten(1).sum(1) for d in basis], 1)
+
+        def together():  # the directions as so many more channels
+            y = F.conv2d(x, basis.flatten(0, 1), padding=kernel // 2).unflatten(1, (k, c_out))
+            return (y * g.unsqueeze(1)).flatten(2).sum(2)
+
+        return {"ours": lambda: ours.project_conv(x, g, basis, [1] * 2, [kernel // 2] * 2, [1] * 2, 1), "torch": convolve, "together": together}
+
+    return Job("project_conv", dict(n=n, i=c_in, o=c_out, s=size, k=k), F32, make, ("ours", "torch", "together"),
+               2.0 * n * c_in * c_out * kernel**2 * min(size**2 * k, size**2 + k), 4 * n * size**2 * (c_in + c_out))  # fmt: skip
+
+
+def project_embedding(n, t, d, vocabulary, k):
+    """A table's per-sample gradients onto k given directions. Bytes: b and the rows of each direction."""
+
+    def make(_):
+        (ids, b), basis = _tokens(n, t, d, vocabulary), torch.randn(k, vocabulary, d)
+        return {"ours": lambda: ours.project_embedding(ids, b, basis),
+                "torch": lambda: torch.stack([(b * F.embedding(ids, table)).sum((1, 2)) for table in basis], 1),
+                "einsum": lambda: torch.einsum("ntd,kntd->nk", b, basis[:, ids])}  # fmt: skip
+
+    return Job("project_embedding", dict(n=n, t=t, d=d, v=vocabulary, k=k), F32, make, ("ours", "torch", "einsum"),
+               2.0 * n * t * k * d, 4 * n * t * d * (1 + k))  # fmt: skip
+
+
+def sqnorm_embedding(n, t, d, vocabulary):
+    """Norms of a table's per-sample gradients; torch: t×t products of the positions that share an id."""
+
+    def make(_):
+        ids, b = _tokens(n, t, d, vocabulary)
+
+        def formed():
+            rows = b.new_zeros(n * vocabulary, d).index_add_(0, (ids + vocabulary * torch.arange(n)[:, None]).flatten(), b.flatten(0, 1))
+            return rows.view(n, -1).square().sum(1)
+
+        return {"ours": lambda: ours.sqnorm_embedding(ids, b), "formed": formed,
+                "torch": lambda: ((b @ b.mT) * (ids.unsqueeze(2) == ids.unsqueeze(1))).sum((1, 2))}  # fmt: skip
+
+    return Job("sqnorm_embedding", dict(n=n, t=t, d=d, v=vocabulary), F32, make, ("ours", "torch", "formed"), 2.0 * n * t * d,
+               4 * n * t * d)  # fmt: skip
+
+
 def combine(n, t, d_in, d_out, m, disjoint=False):
     """Σ_i w_i g_i for m rows of weights; disjoint: rows on contiguous segments, as in stage 2's three means."""
 
@@ -199,6 +248,8 @@ def all_op_jobs() -> list[Job]:
                  sqnorm(256, 1, 1024, 1024, dtype), sqnorm(256, 64, 256, 1024, dtype), sqnorm(256, 16, 512, 512, dtype)]  # fmt: skip
     jobs += [gram_layers(50, 64, 256, 256), gram_embedding(64, 128, 256, 5000)]
     jobs += [project(256, t, 512, 512, k) for t in (1, 16) for k in (2, 64)] + [project_random(256, t, 512, 512, 64) for t in (1, 16)]
+    jobs += [project_conv(256, 32, 32, 32, k) for k in (1, 2, 64)] + [project_conv(256, 128, 128, 8, 2)]
+    jobs += [project_embedding(64, 128, 256, 5000, k) for k in (2, 64)] + [sqnorm_embedding(64, 128, 256, 5000)]
     return jobs + [combine(256, 16, 512, 512, 3, disjoint=True), combine(256, 1, 1024, 1024, 4), combine(256, 64, 256, 1024, 2),
                    combine(256, 16, 512, 512, 16), combine_conv(256, 32, 32, 32, 3), combine_conv(256, 128, 128, 8, 3),
                    combine_embedding(64, 128, 256, 5000, 3)]  # fmt: skip
@@ -208,5 +259,6 @@ def mini_op_jobs() -> list[Job]:
     jobs = [gram(5, 1, 6, 7, route="pairs"), gram(5, 3, 6, 7, torch.bfloat16, "pairs"), gram(5, 3, 6, 7),
             gram_layers(3, 5, 6, 7), gram_conv(4, 2, 3, 5), gram_embedding(4, 6, 5, 11), sqnorm(5, 3, 6, 7)]  # fmt: skip
     jobs += [project(5, t, 6, 7, 3) for t in (1, 4)] + [project_random(5, t, 6, 7, 3) for t in (1, 4)]
+    jobs += [project_conv(4, 2, 3, 5, 3), project_embedding(4, 6, 5, 11, 3), sqnorm_embedding(4, 6, 5, 11)]
     return jobs + [combine(6, 4, 5, 7, 3, disjoint=True), combine(5, 3, 6, 7, 2), combine_conv(4, 2, 3, 5, 2),
                    combine_embedding(4, 6, 5, 11, 2)]  # fmt: skip

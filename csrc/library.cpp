@@ -18,7 +18,10 @@ STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("gram_embedding", TORCH_BOX(&ef::cpu::gram_embedding));
   m.impl("sqnorm", TORCH_BOX(&ef::cpu::sqnorm));
   m.impl("sqnorm_conv", TORCH_BOX(&ef::cpu::sqnorm_conv));
+  m.impl("sqnorm_embedding", TORCH_BOX(&ef::cpu::sqnorm_embedding));
   m.impl("project", TORCH_BOX(&ef::cpu::project));
+  m.impl("project_conv", TORCH_BOX(&ef::cpu::project_conv));
+  m.impl("project_embedding", TORCH_BOX(&ef::cpu::project_embedding));
   m.impl("project_random", TORCH_BOX(&ef::cpu::project_random));
   m.impl("project_random_conv", TORCH_BOX(&ef::cpu::project_random_conv));
   m.impl("project_random_embedding", TORCH_BOX(&ef::cpu::project_random_embedding));

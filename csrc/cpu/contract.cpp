@@ -189,6 +189,29 @@ template <class T, class Acc> void contract_pairs(const Positions<T>& x, const P
   }
 }
 
+template <class T> void contract_few(const Gradients<T>& x, const Gradients<T>& y, T* out) {
+  const auto& k = contract_of<T>();
+  int64_t widest = 0;
+  for (const Piece& p : x.pieces) widest = std::max(widest, p.cells);
+  torch::stable::parallel_for(0, x.n, 1, [&](int64_t begin, int64_t end) {
+    T* cells = (T*)scratch(Slot::rows, widest * sizeof(T));
+    T* others = (T*)scratch(Slot::panels, y.n * widest * sizeof(T));
+    void* work = scratch(Slot::work, std::max(x.work(), y.work()));
+    std::vector<double> sums((end - begin) * y.n);
+    std::vector<const T*> at(y.n);
+    for (int64_t j = 0; j < y.n; ++j) at[j] = others + j * widest;
+    for (const Piece& p : x.pieces) {
+      for (int64_t j = 0; j < y.n; ++j) y.form(j, p, others + j * widest, work);
+      x.prepare(work);
+      for (int64_t i = begin; i < end; ++i) {
+        x.form(i, p, cells, work);
+        k.dots(cells, at.data(), y.n, p.cells, sums.data() + (i - begin) * y.n);
+      }
+    }
+    for (size_t s = 0; s < sums.size(); ++s) out[begin * y.n + s] = (T)sums[s];
+  });
+}
+
 template <class T, class Acc> void contract_square(const Gradients<T>& x, Acc* out) {
   const auto& k = contract_of<T>();
   int64_t widest = 0;
@@ -215,5 +238,7 @@ template <class T, class Acc> void contract_square(const Gradients<T>& x, Acc* o
 EF_INSTANTIATE(float, float)
 EF_INSTANTIATE(double, double)
 EF_INSTANTIATE(uint16_t, float)
+template void contract_few<float>(const Gradients<float>&, const Gradients<float>&, float*);
+template void contract_few<double>(const Gradients<double>&, const Gradients<double>&, double*);
 
 }  // namespace ef::cpu

@@ -59,18 +59,22 @@ template <class T> void LinearGradients<T>::form(int64_t i, const Piece& p, T* c
 }
 
 template <class T>
-GivenGradients<T>::GivenGradients(const T* r, int64_t k, int64_t d_in_, int64_t d_out_, const std::vector<Piece>& like)
-    : rows(r), d_in(d_in_), d_out(d_out_) {
+GivenGradients<T>::GivenGradients(const T* r, int64_t k, int64_t d_in_, int64_t d_out_, int64_t groups_, bool columns_,
+                                  const std::vector<Piece>& like)
+    : rows(r), d_in(d_in_), d_out(d_out_), groups(groups_), columns(columns_) {
   this->n = k;
   this->pieces = like;
 }
 
 template <class T> void GivenGradients<T>::form(int64_t i, const Piece& p, T* cells, void*) const {
-  const int64_t width = p.cells / p.o;
-  for (int64_t o = 0; o < p.o; ++o) {
-    std::memcpy(cells + o * width, rows + (i * d_out + p.o0 + o) * d_in + p.j0, p.j * sizeof(T));
-    std::memset((void*)(cells + o * width + p.j), 0, (width - p.j) * sizeof(T));
-  }
+  const T* from = rows + ((i * groups + p.group) * (d_out / groups) + p.o0) * d_in + p.j0;
+  if (p.cells > p.o * p.j) std::memset((void*)cells, 0, p.cells * sizeof(T));
+  const int64_t width = p.cells / (columns ? p.j : p.o);
+  if (!columns)
+    for (int64_t o = 0; o < p.o; ++o) std::memcpy(cells + o * width, from + o * d_in, p.j * sizeof(T));
+  else
+    for (int64_t j = 0; j < p.j; ++j)
+      for (int64_t o = 0; o < p.o; ++o) cells[j * width + o] = from[o * d_in + j];
 }
 
 Stream stream_of(const char* op, int64_t k, int64_t seed, int64_t offset, const std::string& kind) {

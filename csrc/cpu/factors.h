@@ -40,11 +40,13 @@ template <class T> struct LinearGradients : Gradients<T> {
   void form(int64_t sample, const Piece&, T* cells, void* work) const override;
 };
 
-// rows that are gradients already: (k, d_out, d_in); cut as the linear layer's are
+// Rows that are gradients already: weights (k, d_out, d_in). Cut as `like` is, whose o counts from the first of its group; columns: a
+// piece's cells stand j-major, as a convolution's do.
 template <class T> struct GivenGradients : Gradients<T> {
   const T* rows;
-  int64_t d_in, d_out;
-  GivenGradients(const T* rows, int64_t k, int64_t d_in, int64_t d_out, const std::vector<Piece>& like);
+  int64_t d_in, d_out, groups;
+  bool columns;
+  GivenGradients(const T* rows, int64_t k, int64_t d_in, int64_t d_out, int64_t groups, bool columns, const std::vector<Piece>& like);
   int64_t work() const override { return 0; }
   void form(int64_t sample, const Piece&, T* cells, void* work) const override;
 };
@@ -63,8 +65,8 @@ struct Stream {
 // the arguments of random directions, checked in the name of `op`
 Stream stream_of(const char* op, int64_t k, int64_t seed, int64_t offset, const std::string& kind);
 
-// Rows that are drawn: element (row, o, j) is that element of the stream, rows laid end to end as weights (d_out, d_in). Cut as
-// `like` is, whose o counts from the first of its group; columns: a piece's cells stand j-major, as a convolution's do.
+// Rows that are drawn: element (row, o, j) is that element of the stream, rows laid end to end as weights (d_out, d_in); cut as
+// given ones are.
 template <class T> struct RandomGradients : Gradients<T> {
   int64_t first, d_in, d_out, groups;  // the first row that is drawn
   bool columns;
@@ -135,6 +137,8 @@ template <class T> struct ConvPositions : Positions<T> {
 // out (n, m) += ...; y null: symmetric, only the lower triangle is right. Acc: float for bfloat16.
 template <class T, class Acc> void contract_tiles(const Gradients<T>& x, const Gradients<T>* y, Acc* out);
 template <class T, class Acc> void contract_pairs(const Positions<T>& x, const Positions<T>* y, Acc* out);
+// out (n, k) = products with few rows y, cut alike, one by one: no panels, nothing padded to their width
+template <class T> void contract_few(const Gradients<T>& x, const Gradients<T>& y, T* out);
 // out (n) = squared norms
 template <class T, class Acc> void contract_square(const Gradients<T>& x, Acc* out);
 

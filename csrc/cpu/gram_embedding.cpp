@@ -85,7 +85,8 @@ Tensor gram_embedding(const Tensor& ids_, const Tensor& b_, std::optional<Tensor
   Tensor out = empty_like_dtype(b, {n, m}, acc);
   torch::stable::zero_(out);
   if (n == 0 || m == 0 || d == 0) return out;
-  const std::vector<Entry> left = sorted(ids, padding_idx), right = symmetric ? std::vector<Entry>() : sorted(ids2, padding_idx);
+  auto by_id = [&](const Tensor& x) { return sorted(data<int64_t>(x), x.size(0), x.size(1), padding_idx); };
+  const std::vector<Entry> left = by_id(ids), right = symmetric ? std::vector<Entry>() : by_id(ids2);
   by_type(acc, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, uint16_t>)

@@ -9,10 +9,10 @@ struct Entry {
   int64_t id, sample, position;
 };
 
-// positions of `padding` left out; ids int64 (n,t) contiguous
-inline std::vector<Entry> sorted(const Tensor& ids, int64_t padding) {
-  const int64_t n = ids.size(0), t = ids.size(1), *at = data<int64_t>(ids);
+// ids `at` (n,t), positions of `padding` left out
+inline std::vector<Entry> sorted(const int64_t* at, int64_t n, int64_t t, int64_t padding) {
   std::vector<Entry> out;
+  out.reserve(n * t);
   for (int64_t p = 0; p < n * t; ++p)
     if (at[p] != padding) out.push_back({at[p], p / t, p});
   std::sort(out.begin(), out.end(), [](const Entry& x, const Entry& y) { return x.id != y.id ? x.id < y.id : x.position < y.position; });

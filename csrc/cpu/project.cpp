@@ -1,7 +1,8 @@
-// project: c_ik = <G_i, D_k>, per-sample gradients of a linear layer onto k directions, given or drawn; drawn ones of a convolution.
+// project: c_ik = <G_i, D_k>, per-sample gradients of a linear layer or a convolution onto k directions, given or drawn.
 //
 //   factors  D_k against the factors, (b D_k) o a, some samples at a time: through torch's GEMM    2 n t k d_in d_out FLOPs
 //   tiles    gradients formed, packed, multiplied by the same piece of every direction             2 n (t + k) d_in d_out FLOPs
+//   few      the same, products one by one: nothing packed, nothing padded to a panel's width
 // A random basis is drawn piece by piece, once for all samples, and never stored. Limit: the FMA rate.
 #include "factors.h"
 #include "kernels.h"
@@ -12,6 +13,8 @@ namespace {
 constexpr int64_t kDirections = 1024;      // at a time: their panels stay in cache, the gradients are formed again for the next
 constexpr int64_t kRowBytes = 8LL << 20;   // of (b D_k), in L3
 constexpr int64_t kLeastRows = 64;
+constexpr int64_t kFew = 16;               // directions that meet each gradient where it is formed, unpacked
+constexpr int64_t kDot = 2;                // a product alone costs that many of a register tile's
 constexpr double kTiles = 0.75;            // of torch's GEMM rate
 
 template <class T> double dot(const T* x, const T* y, int64_t count) {
@@ -56,6 +59,7 @@ template <class T, class F> void by_tiles(const Gradients<T>& left, int64_t k, T
   for (int64_t first = 0; first < k; first += kDirections) {
     const int64_t count = std::min(kDirections, k - first);
     const auto right = make(first, count);
+    if (k <= kFew) return contract_few<T>(left, right, data<T>(out));
     if (count == k) {
       contract_tiles<T, T>(left, &right, data<T>(out));
       continue;
@@ -88,14 +92,14 @@ Tensor project(const Tensor& a, const Tensor& b, const Tensor& basis_) {
   Tensor basis = dense(basis_, out.scalar_type());
   by_wide_type(out.scalar_type(), [&, &x = x, &out = out](auto zero) {
     using T = decltype(zero);
-    const int64_t width = contract_of<T>().width, padded = (k + width - 1) / width * width;
-    if (kTiles * (double)(x.t * k) <= (double)(x.t + padded)) return by_factors<T>(x.a, x.b, basis, out);
+    const int64_t width = contract_of<T>().width, met = k <= kFew ? kDot * k : (k + width - 1) / width * width;
+    if (kTiles * (double)(x.t * k) <= (double)(x.t + met)) return by_factors<T>(x.a, x.b, basis, out);
     const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out);
     const bool swapped = left.a != data<T>(x.a);
     if (swapped) basis = torch::stable::contiguous(torch::stable::transpose(basis, 1, 2));
     const T* rows = data<T>(basis);
     by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) {
-      return GivenGradients<T>(rows + first * x.d_in * x.d_out, count, left.d_in, left.d_out, left.pieces);
+      return GivenGradients<T>(rows + first * x.d_in * x.d_out, count, left.d_in, left.d_out, 1, false, left.pieces);
     });
   });
   return out;
@@ -116,10 +120,12 @@ Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed,
   return out;
 }
 
-Tensor project_random_conv(const Tensor& x_, const Tensor& g_, int64_t k, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                           std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t seed, int64_t offset,
-                           std::string kind) {
-  const Stream stream = stream_of("project_random_conv", k, seed, offset, kind);
+namespace {
+
+// `make(first, count, left)`: some of the directions, cut as the convolution's gradients `left` are
+template <class F> Tensor onto_conv(const Tensor& x_, const Tensor& g_, int64_t k, const std::vector<int64_t>& kernel,
+                                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                    const std::vector<int64_t>& dilation, int64_t groups, F make) {
   const ScalarType type = accumulate_type(x_.scalar_type());
   const Tensor x = dense(x_, type), g = dense(g_, type);
   const ConvShape s = conv_shape(x, g, kernel, stride, padding, dilation, groups);
@@ -129,11 +135,35 @@ Tensor project_random_conv(const Tensor& x_, const Tensor& g_, int64_t k, std::v
   by_wide_type(type, [&](auto zero) {
     using T = decltype(zero);
     const ConvGradients<T> left(data<T>(x), data<T>(g), s);
-    by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) {
-      return RandomGradients<T>(first, count, s.c_in / s.groups * s.volume(), s.c_out, s.groups, true, left.pieces, stream);
-    });
+    by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) { return make(first, count, left); });
   });
   return out;
+}
+
+}  // namespace
+
+Tensor project_conv(const Tensor& x, const Tensor& g, const Tensor& basis_, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                    std::vector<int64_t> dilation, int64_t groups) {
+  STD_TORCH_CHECK(basis_.dim() == x.dim() + 1 && groups > 0 && basis_.size(1) == g.size(1) && basis_.size(2) == x.size(1) / groups,
+                  "project_conv: basis is (k, C_out, C_in/groups, *kernel)");
+  std::vector<int64_t> kernel;
+  for (int64_t d = 3; d < basis_.dim(); ++d) kernel.push_back(basis_.size(d));
+  const Tensor basis = dense(basis_, accumulate_type(x.scalar_type()));
+  return onto_conv(x, g, basis.size(0), kernel, stride, padding, dilation, groups, [&]<class T>(int64_t first, int64_t count,
+                                                                                               const ConvGradients<T>& left) {
+    const int64_t d_in = left.s.c_in / groups * left.s.volume();
+    return GivenGradients<T>(data<T>(basis) + first * left.s.c_out * d_in, count, d_in, left.s.c_out, groups, true, left.pieces);
+  });
+}
+
+Tensor project_random_conv(const Tensor& x, const Tensor& g, int64_t k, std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                           std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t seed, int64_t offset,
+                           std::string kind) {
+  const Stream stream = stream_of("project_random_conv", k, seed, offset, kind);
+  return onto_conv(x, g, k, kernel, stride, padding, dilation, groups, [&]<class T>(int64_t first, int64_t count,
+                                                                                   const ConvGradients<T>& left) {
+    return RandomGradients<T>(first, count, left.s.c_in / groups * left.s.volume(), left.s.c_out, groups, true, left.pieces, stream);
+  });
 }
 
 }  // namespace ef::cpu

@@ -60,8 +60,10 @@ def combine_embedding(ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, pa
     """ids (n,t), b (n,t,d), w (m, n) → (m, num_embeddings, d)."""
     dtype = accumulate_dtype(b, w)
     b, w = (b if padding_idx < 0 else b * (ids != padding_idx).unsqueeze(-1)).to(dtype), w.to(dtype)
-    rows = []  # not rows of one tensor: views cannot be written to where autograd looks
-    for v in w:
-        s, row = _support(v), b.new_zeros(num_embeddings, b.shape[-1])
-        rows.append(row.index_add_(0, ids[s].flatten(), (b[s] * v[s, None, None]).flatten(0, 1)))
-    return torch.stack(rows) if rows else b.new_zeros(0, num_embeddings, b.shape[-1])
+    out = b.new_zeros(len(w), num_embeddings, b.shape[-1])
+    # rows of their own where autograd looks: it refuses views that were written to
+    tables = [torch.zeros_like(row) for row in out] if torch.is_grad_enabled() and (b.requires_grad or w.requires_grad) else out
+    for table, v in zip(tables, w):
+        s = _support(v)
+        table.index_add_(0, ids[s].flatten(), (b[s] * v[s, None, None]).flatten(0, 1))
+    return torch.stack(tables) if tables is not out and len(w) else out

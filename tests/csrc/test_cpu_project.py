@@ -8,6 +8,21 @@ SHAPES = [(7, 1, 5, 3, 2), (33, 1, 70, 130, 40), (9, 3, 1, 1, 1), (5, 16, 37, 15
           (3, 8, 6, 5, 1030), (2, 1, 3, 300_000, 2), (0, 2, 3, 4, 2), (4, 2, 3, 4, 0), (4, 0, 3, 4, 2)]  # fmt: skip
 
 
+# x, g, kernel, stride, padding, dilation, groups, k: odd widths, more columns and rows than a piece holds, groups, directions in two rounds
+CONVS = [
+    ((5, 3, 9, 8), (5, 7, 5, 8), [3, 3], [2, 1], [1, 1], [1, 1], 1, 5),
+    ((3, 36, 6, 5), (3, 70, 6, 5), [3, 3], [1, 1], [1, 1], [1, 1], 1, 40),
+    ((9, 6, 11), (9, 8, 5), [3], [2], [1], [2], 2, 3),
+    ((2, 4, 3, 5, 4), (2, 4, 3, 5, 4), [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 4, 2),
+    ((17, 40, 4), (17, 33, 4), [1], [1], [0], [1], 1, 1030),
+    ((0, 2, 5), (0, 4, 3), [3], [1], [0], [1], 1, 2),
+    ((2, 2, 5), (2, 4, 3), [3], [1], [0], [1], 1, 0),
+]
+
+# n, t, d, table, k: few ids, one a sample, rows wider than what is drawn at a time, directions of two panels
+LOOKUPS = [(7, 5, 3, 11, 2), (40, 3, 16, 2, 70), (3, 1, 1030, 50, 33), (1, 9, 37, 4, 1), (0, 3, 4, 5, 2), (4, 0, 3, 5, 2), (4, 2, 3, 5, 0)]
+
+
 @pytest.fixture
 def close_to_drawn(cpp, assert_as_good):
     """The operation obeys the error rule against the reference."""
@@ -29,6 +44,38 @@ def close_to_drawn(cpp, assert_as_good):
 def test_onto_given_directions(cpp, assert_as_good, dtype, n, t, d_in, d_out, k):
     a, b, basis = (torch.randn(*s).to(dtype) for s in ((n, t, d_in), (n, t, d_out), (k, d_out, d_in)))
     assert_as_good(cpp.project(a, b, basis), reference.project(a, b, basis), reference.project(a.double(), b.double(), basis.double()))
+
+
+@pytest.mark.parametrize("case", CONVS)
+@pytest.mark.parametrize("few", [0, 1])
+def test_convolutions_onto_given_directions(cpp, assert_as_good, dtype, few, case):
+    x, g = (torch.randn(shape).to(dtype) for shape in case[:2])
+    kernel, stride, padding, dilation, groups, k = case[2:]
+    basis = torch.randn(few or k, g.shape[1], x.shape[1] // groups, *kernel).to(dtype)
+    shape = (stride, padding, dilation, groups)
+    truth = reference.project_conv(x.double(), g.double(), basis.double(), *shape)
+    assert_as_good(cpp.project_conv(x, g, basis, *shape), reference.project_conv(x, g, basis, *shape), truth)
+
+
+def test_a_convolution_reads_no_more_than_its_windows(cpp):
+    x, g, basis = torch.randn(3, 2, 6), torch.randn(3, 4, 2), torch.randn(3, 4, 2, 1)
+    x[:, :, 2:4] = x[:, :, 5:] = torch.nan
+    for k in (1, 3):
+        assert cpp.project_conv(x, g, basis[:k], [4], [0], [1], 1).isfinite().all()
+
+
+@pytest.mark.parametrize("n,t,d,table,k", LOOKUPS)
+def test_lookups_onto_given_directions(cpp, assert_as_good, dtype, n, t, d, table, k):
+    ids, b, basis = torch.randint(0, table, (n, t)), torch.randn(n, t, d).to(dtype), torch.randn(k, table, d).to(dtype)
+    for padding_idx in (-1, 1):
+        assert_as_good(cpp.project_embedding(ids, b, basis, padding_idx), reference.project_embedding(ids, b, basis, padding_idx),
+                       reference.project_embedding(ids, b.double(), basis.double(), padding_idx))  # fmt: skip
+    b[ids == 1] = torch.nan
+    assert cpp.project_embedding(ids, b, basis, 1).isfinite().all()  # a row of padding is not read
+    torch.testing.assert_close(cpp.project_embedding(ids.int(), b, basis, 1), cpp.project_embedding(ids, b, basis, 1), rtol=0, atol=0)
+    if ids.numel() and k:
+        with pytest.raises(RuntimeError, match=f"id {table} in a table of {table}"):
+            cpp.project_embedding(torch.full_like(ids, table), b, basis, -1)
 
 
 def test_one_position_may_go_unsaid(cpp):
@@ -53,29 +100,19 @@ def test_onto_drawn_directions(close_to_drawn, dtype, kind, n, t, d_in, d_out, k
 def test_threads_do_not_matter_beyond_rounding(cpp):
     a, b, basis, before = torch.randn(50, 12, 64), torch.randn(50, 12, 200), torch.randn(64, 200, 64), torch.get_num_threads()
     images, shape = (torch.randn(20, 6, 8), torch.randn(20, 70, 8)), ([3], [1], [1], [1], 1)
-    ids = torch.randint(0, 30, (50, 12))
+    ids, tables, weights = torch.randint(0, 30, (50, 12)), torch.randn(5, 30, 200), torch.randn(40, 70, 6, 3)
     found = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             drawn = cpp.project_random_conv(*images, 9, *shape, 3), cpp.project_random_embedding(ids, b, 70, 30, 3)
-            found.append((cpp.project(a, b, basis), cpp.project_random(a, b, 64, 3), *drawn))
+            given = [cpp.project_conv(*images, weights[:k], *shape[1:]) for k in (3, 40)]
+            given.append(cpp.project_embedding(ids, b, tables, -1))
+            found.append((cpp.project(a, b, basis), cpp.project_random(a, b, 64, 3), *drawn, *given))
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*found):
         assert (one - other).norm() <= 1e-6 * one.norm()
-
-
-# x, g, kernel, stride, padding, dilation, groups, k: odd widths, more columns and rows than a piece holds, groups, directions in two rounds
-CONVS = [
-    ((5, 3, 9, 8), (5, 7, 5, 8), [3, 3], [2, 1], [1, 1], [1, 1], 1, 5),
-    ((3, 36, 6, 5), (3, 70, 6, 5), [3, 3], [1, 1], [1, 1], [1, 1], 1, 40),
-    ((9, 6, 11), (9, 8, 5), [3], [2], [1], [2], 2, 3),
-    ((2, 4, 3, 5, 4), (2, 4, 3, 5, 4), [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1], 4, 2),
-    ((17, 40, 4), (17, 33, 4), [1], [1], [0], [1], 1, 1030),
-    ((0, 2, 5), (0, 4, 3), [3], [1], [0], [1], 1, 2),
-    ((2, 2, 5), (2, 4, 3), [3], [1], [0], [1], 1, 0),
-]
 
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
@@ -84,10 +121,6 @@ def test_convolutions_onto_drawn_directions(close_to_drawn, dtype, kind, case):
     x, g = (torch.randn(shape).to(dtype) for shape in case[:2])
     *shape, k = case[2:]
     close_to_drawn("project_random_conv", x, g, k, *shape, 2**33 + 7, 5, kind)
-
-
-# n, t, d, table, k: few ids, one a sample, rows wider than what is drawn at a time, directions of two panels
-LOOKUPS = [(7, 5, 3, 11, 2), (40, 3, 16, 2, 70), (3, 1, 1030, 50, 33), (1, 9, 37, 4, 1), (0, 3, 4, 5, 2), (4, 0, 3, 5, 2), (4, 2, 3, 5, 0)]
 
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])

@@ -46,6 +46,17 @@ def test_elements_that_no_window_reads_do_not_count(cpp, dtype, size, kernel, st
         torch.testing.assert_close(*(cpp.gram_conv(v, g, kernel, *rest, None, None, route) for v in (poisoned, clean)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("n,t,d,table", [(7, 5, 3, 4), (3, 200, 33, 50), (1, 9, 70, 1), (4, 1, 16, 9), (0, 3, 4, 5), (4, 0, 3, 5),
+                                         (4, 2, 0, 5)])  # fmt: skip
+def test_tables(cpp, assert_as_good, dtype, n, t, d, table):
+    ids, b = torch.randint(0, table, (n, t)), torch.randn(n, t, d).to(dtype)
+    for padding_idx in (-1, 1):
+        plain, truth = (reference.per_sample.embedding(ids, x, table, padding_idx).square().sum((1, 2)) for x in (b, b.double()))
+        assert_as_good(cpp.sqnorm_embedding(ids, b, padding_idx), plain, truth)
+    b[ids == 1] = torch.nan
+    assert cpp.sqnorm_embedding(ids, b, 1).isfinite().all()  # a row of padding is not read
+
+
 def test_combine_skips_samples_without_weight(dtype, assert_as_good):
     """Rows supported on disjoint segments, as the entangled method's three means are."""
     a, b = torch.randn(12, 3, 7).to(dtype), torch.randn(12, 3, 5).to(dtype)

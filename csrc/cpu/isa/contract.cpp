@@ -310,9 +310,32 @@ template <class T> double square(const T* x, int64_t count) {
   return sum;
 }
 
+template <class T, int J> void dots_of(const T* x, const T* const* y, int64_t count, double* out) {
+  using A = typename Lane<T>::acc;
+  constexpr int lanes = Vec<A>::lanes, U = J == 1 ? 4 : 2;  // enough sums that none waits
+  A s[J][U * lanes] = {};
+  int64_t e = 0;
+  for (; e + U * lanes <= count; e += U * lanes)
+    for (int j = 0; j < J; ++j)
+      for (int c = 0; c < U * lanes; ++c) s[j][c] += widen(x[e + c]) * widen(y[j][e + c]);
+  for (int j = 0; j < J; ++j) {
+    double sum = 0;
+    for (int64_t r = e; r < count; ++r) sum += (double)widen(x[r]) * widen(y[j][r]);
+    for (int half = U * lanes / 2; half; half /= 2)
+      for (int c = 0; c < half; ++c) s[j][c] += s[j][half + c];
+    out[j] += sum + s[j][0];
+  }
+}
+
+template <class T> void dots(const T* x, const T* const* y, int64_t k, int64_t count, double* out) {
+  int64_t j = 0;
+  for (; j + 4 <= k; j += 4) dots_of<T, 4>(x, y + j, count, out + j);
+  for (; j < k; ++j) dots_of<T, 1>(x, y + j, count, out + j);
+}
+
 template <class T> constexpr Contract<T> table() {
   return {Tile<T>::width, R, Tile<T>::lanes, Lane<T>::per, pack<T>, form<T>, form_conv<T>, pack_runs<T>, gram<T>, pairs<T>,
-          square<T>};
+          square<T>, dots<T>};
 }
 
 }  // namespace

@@ -35,6 +35,8 @@ struct Contract {
                 const T* right_b, int64_t first_right, int64_t end_right, int64_t s, int64_t units_a, int64_t units_b,
                 void* out, int64_t ld);
   double (*square)(const T* x, int64_t count);  // sum of squares
+  // out[j] += <x, y_j>, in double across calls
+  void (*dots)(const T* x, const T* const* y, int64_t k, int64_t count, double* out);
 };
 
 struct ContractTables {
