@@ -145,7 +145,8 @@ def project_conv(n, c_in, c_out, size, k, kernel=3):
             y = F.conv2d(x, basis.flatten(0, 1), padding=kernel // 2).unflatten(1, (k, c_out))
             return (y * g.unsqueeze(1)).flatten(2).sum(2)
 
-        return {"ours": lambda: ours.project_conv(x, g, basis, [1] * 2, [kernel // 2] * 2, [1] * 2, 1), "torch": convolve, "together": together}
+        shape = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
+        return {"ours": lambda: ours.project_conv(x, g, basis, *shape), "torch": convolve, "together": together}
 
     return Job("project_conv", dict(n=n, i=c_in, o=c_out, s=size, k=k), F32, make, ("ours", "torch", "together"),
                2.0 * n * c_in * c_out * kernel**2 * min(size**2 * k, size**2 + k), 4 * n * size**2 * (c_in + c_out))  # fmt: skip
@@ -248,7 +249,7 @@ def all_op_jobs() -> list[Job]:
                  sqnorm(256, 1, 1024, 1024, dtype), sqnorm(256, 64, 256, 1024, dtype), sqnorm(256, 16, 512, 512, dtype)]  # fmt: skip
     jobs += [gram_layers(50, 64, 256, 256), gram_embedding(64, 128, 256, 5000)]
     jobs += [project(256, t, 512, 512, k) for t in (1, 16) for k in (2, 64)] + [project_random(256, t, 512, 512, 64) for t in (1, 16)]
-    jobs += [project_conv(256, 32, 32, 32, k) for k in (1, 2, 64)] + [project_conv(256, 128, 128, 8, 2)]
+    jobs += [project_conv(256, 32, 32, 32, k) for k in (2, 64)] + [project_conv(256, 128, 128, 8, 2)]
     jobs += [project_embedding(64, 128, 256, 5000, k) for k in (2, 64)] + [sqnorm_embedding(64, 128, 256, 5000)]
     return jobs + [combine(256, 16, 512, 512, 3, disjoint=True), combine(256, 1, 1024, 1024, 4), combine(256, 64, 256, 1024, 2),
                    combine(256, 16, 512, 512, 16), combine_conv(256, 32, 32, 32, 3), combine_conv(256, 128, 128, 8, 3),
