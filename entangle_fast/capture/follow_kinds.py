@@ -6,6 +6,8 @@ samples are Lost. For data alone that costs nothing, and its result is taken by 
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .follow import FOLLOW, _broadcast, _cut, _joined, _kept, _same, by_axis, follows
 
 # each entry of the result depends on the same entry of the inputs; their in-place forms too
@@ -87,7 +89,10 @@ def _one_a_row(c):
 @follows("embedding", "batch_norm", "prelu", "one_hot")
 def _entry_by_entry(c):
     """Any dimension may be the samples'; a table or weight made from the batch is none."""
-    if len(c.placed) > 1 or c.x is not (c.args[0] if c.args else c.kwargs["input"]):
+    own = c.args[0] if c.args else c.kwargs.get("input")
+    if c.name == "embedding":  # torch's own takes the table first
+        own = next(x for x in (*c.args, *c.kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point())
+    if len(c.placed) > 1 or c.x is not own:
         return c.mixed("takes a weight from the samples")
     return c.place
 

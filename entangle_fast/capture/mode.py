@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_loss, rules_norm
+from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_loss, rules_norm, rules_spelled
 from .errors import CaptureError
 from .remake import expose
 from .sources import changes_in_place, function_name, tensors_in
@@ -22,9 +22,10 @@ RULES = {
     **rules_elementwise.RULES,
     **rules_attention.RULES,
     **rules_loss.RULES,
+    **rules_spelled.RULES,
 }
 # lookups decide for themselves: ids that are the same for every sample still meet the batch
-_MEETS_BATCH = (F.embedding,)
+_MEETS_BATCH = (F.embedding, torch.embedding)
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 # through these a tensor can be written to without autograd's knowledge
 _EXPOSES = {

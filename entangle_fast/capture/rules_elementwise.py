@@ -189,20 +189,25 @@ def _compared(tape, func, args, kwargs):
 
 _NAMES = (
     "add", "sub", "mul", "div", "true_divide", "multiply", "subtract", "divide", "rsub", "pow", "maximum", "minimum",
-    "addcmul", "addcdiv", "lerp", "where", "atan2", "fmod", "remainder", "hypot",
+    "addcmul", "addcdiv", "lerp", "where", "atan2", "arctan2", "fmod", "remainder", "hypot", "clamp", "clip", "clamp_min", "clamp_max",
+    "fmax", "fmin", "copysign", "logaddexp", "logaddexp2", "xlogy", "float_power", "ldexp",
 )  # fmt: skip
 _DUNDERS = ("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv",
-            "pow", "rpow", "div", "rdiv", "idiv")  # fmt: skip
+            "pow", "rpow", "ipow", "div", "rdiv", "idiv", "mod", "rmod", "imod")  # fmt: skip
 ELEMENTWISE = {getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
 ELEMENTWISE |= {getattr(Tensor, name + end) for name in _NAMES for end in ("", "_") if hasattr(Tensor, name + end)}
 ELEMENTWISE |= {getattr(Tensor, f"__{name}__") for name in _DUNDERS if hasattr(Tensor, f"__{name}__")}
-_COMPARE = {getattr(Tensor, name) for op in ("eq", "ne", "lt", "le", "gt", "ge") for name in (op, f"__{op}__")}
-_COMPARE |= {getattr(torch, op) for op in ("eq", "ne", "lt", "le", "gt", "ge")}
+ELEMENTWISE |= {torch.special.xlogy, torch.special.xlog1py}
+_ORDERS = ("eq", "ne", "lt", "le", "gt", "ge")
+_COMPARE = {getattr(Tensor, f"__{op}__") for op in _ORDERS}
+_COMPARE |= {getattr(at, op) for at in (torch, Tensor)
+             for op in (*_ORDERS, "not_equal", "less", "less_equal", "greater", "greater_equal")}  # fmt: skip
 _BORROW = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
 RULES = {
     **dict.fromkeys(_COMPARE, _compared),
     **dict.fromkeys(_BORROW, _borrowed),
     **dict.fromkeys(ELEMENTWISE, elementwise),
     torch.prelu: _prelu,
+    Tensor.prelu: _prelu,
     F.prelu: _prelu,
 }

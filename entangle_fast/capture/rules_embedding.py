@@ -35,7 +35,7 @@ def lookup(tape, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor
     return _Lookup.apply(tape.anchor, w, ids, layout, padding_idx, use)
 
 
-def _embedding(tape, func, args, kwargs):
+def embedding(tape, func, args, kwargs):
     def bind(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
         return input, weight, padding_idx, max_norm, scale_grad_by_freq
 
@@ -70,4 +70,4 @@ def _getitem(tape, func, args, kwargs):
     return NotImplemented
 
 
-RULES = {F.embedding: _embedding, Tensor.__getitem__: _getitem}
+RULES = {F.embedding: embedding, Tensor.__getitem__: _getitem}

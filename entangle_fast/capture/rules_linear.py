@@ -95,7 +95,7 @@ def _matmul(tape, func, args, kwargs):
     return NotImplemented
 
 
-def _addmm(tape, func, args, kwargs):
+def addmm(tape, func, args, kwargs):
     def bind(input, mat1, mat2, *, beta=1, alpha=1):
         return input, mat1, mat2, beta, alpha
 
@@ -156,7 +156,6 @@ def _volume(sizes, labels) -> int:
 RULES = {
     F.linear: _linear,
     torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _matmul,
-    torch.mm: _matmul, Tensor.mm: _matmul,
-    torch.addmm: _addmm, Tensor.addmm: _addmm,
+    torch.mm: _matmul, Tensor.mm: _matmul, torch.mv: _matmul, Tensor.mv: _matmul, torch.linalg.matmul: _matmul,
     torch.einsum: _einsum,
 }  # fmt: skip

@@ -212,7 +212,7 @@ def _group_norm(tape, func, args, kwargs):
     return _channel_norm(tape, x, weight, bias, _Group(groups, eps), "group_norm")
 
 
-def _instance_norm(tape, func, args, kwargs):
+def instance_norm(tape, func, args, kwargs):
     def bind(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1,
              eps=1e-5, cudnn_enabled=True):  # fmt: skip
         return input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
@@ -223,7 +223,7 @@ def _instance_norm(tape, func, args, kwargs):
     return _by_channel(tape, x, F.instance_norm(x, mean, var, None, None, own, momentum, eps), weight, bias)
 
 
-def _batch_norm(tape, func, args, kwargs):
+def batch_norm(tape, func, args, kwargs):
     def bind(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *_):
         return input, running_mean, running_var, weight, bias, eps
 
@@ -242,9 +242,9 @@ def _rms_norm(tape, func, args, kwargs):
 
 
 RULES = {
-    F.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-    F.batch_norm: _batch_norm,
-    F.rms_norm: _rms_norm,
+    F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm,
+    F.group_norm: _group_norm, torch.group_norm: _group_norm,
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
+    F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
 }
