@@ -114,6 +114,8 @@ def _classes(c):
 
 @follows("inner")
 def _inner(c):
+    if not all(x.dim() for x in c.args):
+        return _broadcast(c)
     if len(c.placed) > 1 or c.place.axis == c.x.dim() - 1:
         return c.mixed("adds up over the samples, or pairs them")
     return c.place if c.x is c.args[0] else c.place.at(c.args[0].dim() - 1 + c.place.axis)

@@ -31,6 +31,7 @@ EXACT = {
     "addr": (dict(w=weight(3), b=weight(3)), lambda s, x: s.b.addr(x[:, 0, 0], s.w, beta=2)),
     "outer": (dict(w=weight(3)), lambda s, x: torch.outer(x[:, 0, 0], s.w) + torch.ger(s.w, x[:, 1, 0]).T),
     "inner": (dict(w=weight(3, 6), v=weight(6)), lambda s, x: torch.inner(x, s.w) + x.inner(s.v)[..., None]),
+    "inner, 0-d": (dict(w=nn.Parameter(torch.tensor(1.5))), lambda s, x: torch.inner(s.w, x)),
     "inner, other way": (dict(w=weight(3, 6)), lambda s, x: torch.inner(s.w, x).movedim(0, -1)),
     "tensordot": (dict(w=weight(6, 3), v=weight(5, 6, 2)), lambda s, x: torch.cat(
         [torch.tensordot(x, s.w, 1)[:, 0], torch.tensordot(x, s.v, 2), torch.tensordot(x, s.w, ([2], [0]))[:, 1]], 1)),
