@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import rules_attention, rules_conv, rules_elementwise, rules_embedding, rules_linear, rules_loss, rules_norm, rules_spelled
 from .errors import CaptureError
+from .gradients import watch_hook
 from .remake import expose
 from .sources import changes_in_place, function_name, tensors_in
 
@@ -30,7 +31,7 @@ _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 # through these a tensor can be written to without autograd's knowledge
 _EXPOSES = {
     Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage,
-    Tensor.__dlpack__, Tensor.storage, Tensor._typed_storage,
+    Tensor.__dlpack__, Tensor.storage, Tensor._typed_storage, Tensor.__cuda_array_interface__.__get__,
 }  # fmt: skip
 
 
@@ -53,8 +54,8 @@ class CaptureMode(TorchFunctionMode):
             tape.recomputes = True
         if func in _EXPOSES:
             expose(tape, args[0])
-        if func is Tensor.register_hook and args[0] in tape.sources:
-            return func(*self._harmless_hook(*args, **kwargs))
+        if func is Tensor.register_hook:
+            return func(*self._hook(*args, **kwargs))
         if func in _BATCH_NORMS:
             rules_norm.refuse_batch_statistics(*args, **kwargs)
         inputs = tensors_in(args, kwargs)
@@ -66,9 +67,11 @@ class CaptureMode(TorchFunctionMode):
         tape.places.follow(func, args, kwargs, inputs, out)
         return out
 
-    def _harmless_hook(self, x: Tensor, hook):
-        """A hook on a weight's gradient may look on (it sees what is pulled back through x), not change it."""
+    def _hook(self, x: Tensor, hook):
+        """A hook on a weight's gradient may look on (it sees what is pulled back through x), not change it; others are followed."""
         tape = self._tape()
+        if x not in tape.sources:
+            return x, watch_hook(tape, x, hook)
         what = f"{tape.describe(x)}: a hook on its gradient (register_hook)"
         if tape.sources[x].identity:
             raise CaptureError(f"{what} would not run: no weight gradient is formed; remove the hook, or freeze the parameter")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,8 @@ from .sources import function_name, tensors_in
 
 class Places:
     """Tensor → Place, Row or Lost; a tensor that is not here does not depend on the batch."""
+
+    forgiving = True  # of data: what no gradient flows through may mix the samples
 
     def __init__(self, tape):
         self._tape = weakref.ref(tape)  # no cycle: factors go when the tape goes
@@ -54,6 +57,9 @@ class Places:
         if dim is not None and x.shape[0] and x.shape[0] % n == 0:  # folded rows, in the order that the user named
             return Place(0, 1, x.shape[0] // n) if dim == 0 else Place(0, x.shape[0] // n, 1)
         return None
+
+    def alive(self) -> Iterator[tuple[Tensor, object]]:
+        return ((x, place) for ref, place in list(self._at.values()) if (x := ref()) is not None)
 
     def is_constant(self, x: Tensor) -> bool:
         ref = self._constants.get(id(x))
@@ -124,7 +130,7 @@ class Places:
     def _rewritten(self, y: Tensor, place, name: str) -> None:
         """y was written to, and its samples are elsewhere now: so are those of the tensors that share its memory."""
         root = y if y._base is None else y._base
-        others = [x for ref, _ in list(self._at.values()) if (x := ref()) is not None and x is not root and x._base is root]
+        others = [x for x, _ in self.alive() if x is not root and x._base is root]
         for x in (x for x in (root, *others) if x is not y):
             whole = [d for d in range(x.dim()) if isinstance(place, Place) and place.axis < y.dim()
                      and (x.shape[d], x.stride(d)) == (y.shape[place.axis], y.stride(place.axis))]  # fmt: skip
@@ -169,7 +175,7 @@ class Places:
         place = follow(Call(name, args, kwargs, placed, y, k, out, n))
         if not isinstance(place, Lost) or n == 1:
             return self._checked(place, y, name)
-        if place.mixed and not any(x.requires_grad for x, _ in placed) and not _inside_a_function():
+        if self.forgiving and place.mixed and not any(x.requires_grad for x, _ in placed) and not _inside_a_function():
             # data only: its gradient does not exist, a sample may know of the others
             x, p = placed[0]
             return p if y.shape == x.shape else None
@@ -183,7 +189,7 @@ class Places:
             return Place(0, 1, y.shape[0])
         if not isinstance(place, Place):
             return place
-        if place.axis < y.dim() and y.shape[place.axis] == place.size(n):
+        if 0 <= place.axis < y.dim() and y.shape[place.axis] == place.size(n):
             return place
         return Lost(f"{name}(…) leaves {tuple(y.shape)}, in which the {n} samples cannot be found")
 

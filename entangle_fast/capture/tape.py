@@ -12,6 +12,7 @@ from ..ops import check
 from .contract import Component, Contraction, components, grams
 from .errors import CaptureError
 from .factors import Factor
+from .gradients import Gradients, is_foreign, watch_nodes
 from .layout import Layout
 from .mode import CaptureMode
 from .place import Lost, Place
@@ -58,7 +59,7 @@ class Tape:
         self.mode = CaptureMode(self)
         self.anchor = torch.zeros((), requires_grad=True)  # makes outputs require a gradient although weights are cut
         self._buffers = {id(b): b for b in buffers}
-        self.places = Places(self)
+        self.places, self.gradients = Places(self), Gradients(self)
         self.active = False  # inside the `with`
         self.idle = False  # the forward is over: what runs inside the `with` now is not watched
         self.recomputes = False  # the forward runs again in the backward (activation checkpointing)
@@ -271,14 +272,16 @@ class Tape:
     def _refuse_leaks(self, losses: Tensor) -> None:
         """A parameter that reached the loss past every rule (a custom autograd.Function) must not be dropped silently."""
         watched = {id(p): name for name, p in zip(self.names, self.params)}
-        stack, seen, anchored = [losses.grad_fn], set(), False
+        stack, seen, foreign, anchor = [losses.grad_fn], set(), [], None
         while stack:
             node = stack.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
             variable = getattr(node, "variable", None)
-            anchored = anchored or variable is self.anchor
+            anchor = node if variable is self.anchor else anchor
+            if is_foreign(node):
+                foreign.append(node)
             if type(node).__name__ == "CheckpointFunctionBackward":
                 raise CaptureError(
                     "activation checkpointing with use_reentrant=True hides its parameters; use "
@@ -291,8 +294,10 @@ class Tape:
                     "for part of the batch (not arguments of the model), or from outside the `with`; or freeze it"
                 )
             stack += [parent for parent, _ in node.next_functions]
-        if not anchored:
+        if anchor is None:
             raise CaptureError("losses: they depend on no parameter that was seen inside this `with`; compute them there")
+        if foreign and self.strict and self.n > 1:
+            watch_nodes(self, foreign, seen, anchor)
 
     # ---- questions ----
 

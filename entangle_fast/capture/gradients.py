@@ -1,0 +1,173 @@
+"""Gradients followed as activations are: what hooks and custom autograd.Functions make of them while the backward runs.
+
+Only gradients carry samples here; activations that such code kept are constants to it. What it computes by other means than
+torch's functions (numpy, kernels of its own) is not seen, nor are hooks on a grad_fn itself: autograd lists them nowhere.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+from torch._C import DisableTorchFunction
+from torch.nn.modules._functions import BackwardHookFunction
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import BackwardHook
+
+from .errors import CaptureError
+from .place import Lost, Place, Row
+from .places import Places
+from .sources import tensors_in
+
+
+class Gradients(Places):
+    """Where the samples are in the gradients that hooks and custom Functions are given, and in what they make of them."""
+
+    forgiving = False
+
+    def __init__(self, tape):
+        super().__init__(tape)
+        self.called = True  # a tensor that is not known is a constant
+
+    def of(self, x: Tensor):
+        return self.get(x)
+
+    def run(self, what: str, code: Callable, args: Sequence, grads: Sequence, places: Sequence, wanted: Sequence):
+        """``code(*args)`` with the samples of ``grads`` at ``places``; a CaptureError unless what it returns has them as ``wanted``.
+
+        None for a place that is not known, and in ``wanted`` for what goes nowhere.
+        """
+        for g, place in zip(grads, places):
+            if isinstance(g, Tensor) and isinstance(place, Place):
+                self.put(g, place)
+        with _Following(self):
+            out = code(*args)
+        for y, want in zip(out if isinstance(out, (tuple, list)) else (out,), wanted):
+            found = self.get(y) if isinstance(y, Tensor) and want is not None else None
+            moved = isinstance(found, Place) and isinstance(want, Place) and _where(found) != _where(want)
+            if isinstance(found, (Lost, Row)) or moved:
+                why = found.why if isinstance(found, Lost) else f"they are in dimension {found.axis}, not {want.axis}" if moved else (
+                    "those of one sample are all that is left"
+                )  # fmt: skip
+                raise CaptureError(
+                    f"{what}: the gradients that it returns are not one per sample, in the samples' order: {why}; remove it, or where it "
+                    "does keep the samples apart say ef.capture(model, strict=False)"
+                )
+        return out
+
+
+class _Following(TorchFunctionMode):
+    def __init__(self, places: Places):
+        super().__init__()
+        self.places = places
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.places.follow(func, args, kwargs, tensors_in(args, kwargs), out)
+        return out
+
+
+_ANYWHERE = object()  # wanted: a gradient that flows on, where its samples ought to be being unknown
+
+
+def _where(place: Place) -> tuple[int, int, int]:
+    return place.axis, place.outer, place.inner
+
+
+def watch_hook(tape, x: Tensor, hook: Callable) -> Callable:
+    """A hook on an activation's gradient (Tensor.register_hook), followed in the tape's own backward."""
+    place, ref = tape.places.of(x), weakref.ref(tape)
+    if not tape.strict or not isinstance(place, Place):
+        return hook
+    what = f"the hook on an activation of shape {tuple(x.shape)} (register_hook)"
+
+    def followed(g):
+        tape = ref()
+        if tape is None or not tape.running or tape.n == 1:
+            return hook(g)
+        return tape.gradients.run(what, hook, (g,), (g,), (place,), (place,))
+
+    return followed
+
+
+def is_foreign(node) -> bool:
+    """Is this node of the graph an autograd.Function that is not this library's?"""
+    made_by = getattr(type(node), "_forward_cls", None)
+    return made_by is not None and not made_by.__module__.startswith(__package__)
+
+
+def watch_nodes(tape, nodes: Iterable, graph: Iterable, anchor) -> None:
+    """Custom Functions, and modules' full backward hooks, in the graph of the losses: followed in the tape's own backward.
+
+    graph: all of its nodes.  anchor: the one that every captured parameter hangs on; what leads nowhere near it may add up samples.
+    """
+    reach = _leading_to(anchor, graph)
+    with DisableTorchFunction():
+        known = {(x.grad_fn, x.output_nr): place for x, place in tape.places.alive() if x.grad_fn is not None}
+        for node in nodes:
+            (_watch_module_hooks if node._forward_cls is BackwardHookFunction else _watch_backward)(tape, node, known, reach)
+
+
+def _leading_to(anchor, graph: Iterable) -> set:
+    users: dict = {}
+    for node in graph:
+        for into, _ in node.next_functions:
+            users.setdefault(into, []).append(node)
+    found, stack = set(), [anchor]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += users.get(node, ())
+    return found
+
+
+def _placed(grads: Sequence, at: Callable, n: int) -> list[Place | None]:
+    """Of each gradient: as its tensor was in the forward, otherwise by its sizes where they leave no doubt."""
+    places = []
+    for k, g in enumerate(grads):
+        fits = [d for d, size in enumerate(g.shape) if size == n] if isinstance(g, Tensor) else []
+        places.append(at(k) or (Place(fits[0]) if len(fits) == 1 else None))
+    return places
+
+
+def _watch_backward(tape, node, known: dict, reach: set) -> None:
+    ref, mine, own = weakref.ref(tape), weakref.ref(node), type(node)
+    there = {k: place for (made_by, k), place in known.items() if made_by is node}
+    wanted = [known.get((into, k), _ANYWHERE) if into in reach else None for into, k in node.next_functions]
+    name = own._forward_cls.__name__
+
+    def apply(*grads):
+        tape, node = ref(), mine()
+        if tape is None or not tape.running:
+            return own.apply(node, *grads)
+        places = _placed(grads, there.get, tape.n)
+        return tape.gradients.run(f"autograd.Function {name}, its backward", own.apply, (node, *grads), grads, places, wanted)
+
+    node.apply = apply  # what the engine calls: an attribute of this one node
+
+
+def _watch_module_hooks(tape, node, known: dict, reach: set) -> None:
+    ref = weakref.ref(tape)
+    there = {k: place for (made_by, k), place in known.items() if made_by is node}
+    handle = node.register_hook(lambda *_: None)
+    hooks = handle.hooks_dict_ref()  # all of the node's
+    handle.remove()
+
+    def watched(hook: Callable) -> Callable:
+        owner = next((c.cell_contents.module for c in hook.__closure__ or () if isinstance(c.cell_contents, BackwardHook)), None)
+        what = f"the backward hook of a module {type(owner).__name__}"
+
+        def followed(into, out):
+            tape = ref()
+            if tape is None or not tape.running:
+                return hook(into, out)
+            places = _placed(into, there.get, tape.n)
+            return tape.gradients.run(what, hook, (into, out), (*into, *out), places * 2, [p or _ANYWHERE for p in places])
+
+        return followed
+
+    for key, hook in list(hooks.items()):
+        hooks[key] = watched(hook)
