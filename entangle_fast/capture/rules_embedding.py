@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import EmbeddingFactor
+from .layout import no_view
 from .rules_elementwise import like
 
 
@@ -17,7 +18,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx, anchor, weight, ids, layout, padding_idx, use):
         ctx.layout, ctx.padding_idx, ctx.use, ctx.num = layout, padding_idx, use, weight.shape[0]
         ctx.save_for_backward(ids)
-        return F.embedding(ids, weight)
+        return no_view(F.embedding(ids, weight))
 
     @staticmethod
     @once_differentiable

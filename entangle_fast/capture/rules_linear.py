@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import CaptureError
 from .factors import DenseFactor, LinearFactor
-from .layout import Layout
+from .layout import Layout, no_view
 from .place import Place
 from .remake import remaker
 from .rules_elementwise import add_parameter, like
@@ -24,7 +24,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, anchor, weight, bias, layout, weight_use, bias_use, remake):
         ctx.layout, ctx.weight_use, ctx.bias_use, ctx.remake = layout, weight_use, bias_use, remake
         ctx.save_for_backward(x if weight_use and not remake else None, weight if x.requires_grad else None)
-        return F.linear(x, weight, bias)
+        return no_view(F.linear(x, weight, bias))
 
     @staticmethod
     @once_differentiable

@@ -69,6 +69,7 @@ class Tape:
         self.asked = self.again = False  # torch.autograd.grad, called by the model; with create_graph=True
         self._pending: dict[int, int] = {}  # uses of each parameter whose factor has not arrived
         self._uses: list[tuple[Source, Factor]] = []
+        self._versions: list[tuple[Source, Tensor, int]] = []  # of what the factors hold, which the caller may write to
         self._stream: Stream | None = None
         self._done = self._finished = False  # the backward: begun; all factors are there
 
@@ -189,6 +190,9 @@ class Tape:
 
     def _record(self, use: _Use, factor: Factor) -> None:
         self._uses.append((use.source, factor))
+        if self._stream is None:
+            held = [x for x in vars(factor).values() if isinstance(x, Tensor) and not x.is_inference()]
+            self._versions += [(use.source, x, x._version) for x in held]
         for i in use.source.params:
             self._pending[i] -= 1
         if self._stream is not None:
@@ -311,7 +315,17 @@ class Tape:
                 f"tape: factors were freed while the backward ran, only {', '.join(self._stream.results)} can be asked; "
                 "call tape.backward(losses) without stream= to keep them"
             )
+        self._refuse_written()
         return [self._contraction(c) for c in components(self._uses)]
+
+    def _refuse_written(self) -> None:
+        """Factors look into the model's inputs and activations, which may have been written to since."""
+        for source, x, version in self._versions:
+            if x._version != version:
+                raise CaptureError(
+                    f"{self._named(source)}: a tensor of shape {tuple(x.shape)} that its per-sample gradients are made of was written to "
+                    "in place since the backward; ask the tape before that, or give the model a copy (x.clone())"
+                )
 
     def _contraction(self, component: Component) -> Contraction:
         return Contraction(component, self.params, self.n)
