@@ -116,6 +116,25 @@ def test_what_is_no_tensor(name, argument, wrong):
     assert "need" in str(error.value)
 
 
+GENERATED = [(name, argument) for name, argument in EVERY if isinstance(CALLS[name][1]()[argument], (list, tuple))]
+
+
+def once(x):
+    return (once(y) if isinstance(y, (list, tuple)) else y for y in x)
+
+
+@pytest.mark.parametrize("name, argument", GENERATED)
+def test_generators_are_served_or_named(name, argument):
+    """As a whole, and as an entry of a list; a model's parameters() are one."""
+    call, arguments, _ = CALLS[name]
+    lists = arguments()[argument]
+    for given in (once(lists), [once(x) for x in lists] if isinstance(lists[0], (list, tuple)) else map(torch.clone, lists)):
+        try:
+            call(**{**arguments(), argument: given})
+        except (TypeError, ValueError) as error:
+            assert str(error).startswith(argument) and "need" in str(error), str(error)
+
+
 TENSORS = {
     "integers": torch.ones(N, 3, dtype=torch.int64), "0-d": torch.tensor(1.0), "empty": torch.zeros(0),
     "of NaN": torch.full((N,), math.nan),

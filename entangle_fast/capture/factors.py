@@ -24,6 +24,10 @@ class LinearFactor:
     b: Tensor
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.a.dtype
+
+    @property
     def rows(self) -> int:
         return self.b.shape[2]
 
@@ -72,6 +76,10 @@ class ConvFactor:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
 
     def _shape(self):
         return dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)

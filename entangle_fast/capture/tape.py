@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import check
 from .contract import Component, Contraction, components, grams
 from .errors import CaptureError
-from .factors import Factor
+from .factors import ConvFactor, Factor, LinearFactor
 from .gradients import Gradients, is_foreign, watch_nodes
 from .layout import Layout
 from .mode import CaptureMode
@@ -352,9 +352,19 @@ class Tape:
         for joint in components(self._uses + other._uses):  # a branch may join parameters on one side only
             sides = [[u for u in joint.uses if any(u is v for v in tape._uses)] for tape in (self, other)]
             if all(sides):
+                self._refuse_other_dtypes(*sides)
                 left, right = (tape._contraction(Component(joint.params, uses)) for tape, uses in zip((self, other), sides))
                 pairs.append((left, right))
         return self._total(grams(pairs), (self.n, other.n))
+
+    def _refuse_other_dtypes(self, mine: list, theirs: list) -> None:
+        """Both sides of a cross-Gram of a linear layer or a convolution are in one dtype."""
+        ours, others = ({str(f.dtype) for _, f in uses if isinstance(f, (LinearFactor, ConvFactor))} for uses in (mine, theirs))
+        if ours != others and ours and others:
+            raise ValueError(
+                f"other: its gradients of {self._named(mine[0][0])} are {', '.join(sorted(others))}, this tape's "
+                f"{', '.join(sorted(ours))}; capture both from the model in one dtype, and both with autocast or both without"
+            )
 
     def sqnorms(self) -> Tensor:
         """‖g_i‖² over all parameters, (n,)."""
@@ -362,9 +372,11 @@ class Tape:
             return self._stream.results["sqnorms"]
         return self._total([c.sqnorm() for c in self._contractions()], (self.n,))
 
+    @check.kinds
     def project(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
         """<g_i, D_k>: directions are k lists of tensors shaped like ``params`` → (n, k)."""
-        if not len(directions):
+        directions = [list(d) for d in directions]  # iterators are used up by one look
+        if not directions:
             raise ValueError("directions: got none; needs at least one list of tensors shaped like tape.params")
         for k, d in enumerate(directions):
             if [getattr(x, "shape", None) for x in d] != [p.shape for p in self.params]:

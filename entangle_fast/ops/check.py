@@ -172,7 +172,7 @@ def kinds(function: Callable) -> Callable:
         try:
             return function(*args, **kwargs)
         except _OF_KIND as error:
-            name, wrong = _wrong_argument(function, args, kwargs)
+            name, wrong = _wrong_argument(function, args, kwargs, error)
             if not wrong or (isinstance(error, ValueError) and str(error).startswith(name)) or _of_others(error.__traceback__.tb_next):
                 raise
             raise TypeError(wrong) from error
@@ -194,7 +194,7 @@ def _of_others(frame) -> bool:
     return False
 
 
-def _wrong_argument(function: Callable, args: tuple, kwargs: dict) -> tuple[str, str]:
+def _wrong_argument(function: Callable, args: tuple, kwargs: dict, error: Exception) -> tuple[str, str]:
     """The first argument of a wrong kind, and what is wrong with it."""
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
@@ -205,7 +205,18 @@ def _wrong_argument(function: Callable, args: tuple, kwargs: dict) -> tuple[str,
         if all(kind in _KINDS for kind in wanted):
             if all(found := [_KINDS[kind](name, value) for kind in wanted]):
                 return name, found[0]
+            if isinstance(error, TypeError) and (once := _iterator(name, value, str(error))):
+                return name, once
     return "", ""
+
+
+def _iterator(name: str, x, error: str) -> str:
+    """An argument, or an entry of it, that Python's error names since it is no list: it can be looked at once only."""
+    if isinstance(x, (list, tuple)):
+        return next(filter(None, (_iterator(f"{name}[{i}]", y, error) for i, y in enumerate(x))), "")
+    named = f"'{type(x).__name__}'" in error or f"got {_got(x)};" in error  # by Python, or by a function that this one called
+    once = named and isinstance(x, Iterable) and not isinstance(x, (Tensor, str, dict))
+    return f"{name}: got {_got(x)}; needs a list: list(...)" if once else ""
 
 
 def _kind(types: type | tuple[type, ...], needs: str) -> Callable:
@@ -258,6 +269,7 @@ _KINDS: dict[str, Callable] = {
     "torch.Tensor": _tensor,
     "Tensors": _tensors,
     "Sequence[Tensors]": _several(_tensors, "a list of lists of tensors"),
+    "Sequence[Sequence[Tensor]]": _several(_tensors, "a list of lists of tensors"),
     "tuple[Tensor, Tensor]": _pair,
     "Layers": _several(_pair, "a list of pairs (a, b) of tensors"),
     "float": _number,
