@@ -15,12 +15,12 @@ from .launch import accumulate_dtype, cdiv
 LOGIT_BYTES = 128 << 20  # logits of one chunk of the linear form; large enough for full GEMM rate at vocabulary 128k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rest_of"])  # the second half of lse: aligned or not
 def _forward(
-    logits, target, lse, position, classes, row_stride, ignore_index: tl.int64, smoothing: tl.float64,
+    logits, target, top_of, rest_of, position, classes, row_stride, ignore_index: tl.int64, smoothing: tl.float64,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """lse[r] and the row's cross-entropy, one pass over the row with a running maximum.
+    """The row's maximum, the log of its sum of exp(x − maximum), and its cross-entropy: one pass, with a running maximum.
 
     Bytes: the logits once.  FLOPs: about 5 an element.  Limit: bandwidth.  Fraction reached: not yet run on a GPU.
     """
@@ -40,19 +40,19 @@ def _forward(
     peak = tl.max(top, 0)
     highest = tl.where(peak == float("-inf"), 0.0, peak)
     log_mass = tl.log(tl.sum(mass * tl.exp(top - highest), 0))
-    z = highest + log_mass
     label = tl.load(target + r)
     kept = label != ignore_index
     inside = (label >= 0) & (label < classes)
     picked = tl.load(logits + label, mask=kept & inside, other=float("nan")).to(ACC)
     s = tl.cast(smoothing, ACC)
-    # differences with the maximum, not with z: exact where logits are large and the loss is small
+    # differences with the maximum, not with the log-sum-exp: exact where logits are large and the loss is small
     loss = log_mass + (1.0 - s) * (highest - picked)
     if smoothing > 0.0:
         base = tl.where(top == float("-inf"), 0.0, top)
         mine = (classes - e + BLOCK - 1) // BLOCK  # classes of each lane
         loss -= s * tl.sum(tl.where(mine > 0, below + mine * (base - highest), 0.0), 0) / classes
-    tl.store(lse + r, z)
+    tl.store(top_of + r, peak)
+    tl.store(rest_of + r, log_mass)
     tl.store(position + r, tl.where(kept, loss, 0.0))
 
 
@@ -91,7 +91,7 @@ def _scales(
     """
     i = tl.program_id(0).to(tl.int64)
     c = tl.load(ce + i)
-    value = tl.where(c < tl.cast(clip, ACC), tl.load(grad + i).to(ACC), 0.0)
+    value = tl.where((c < tl.cast(clip, ACC)) | (clip == float("inf")), tl.load(grad + i).to(ACC), 0.0)
     value = value * (1.0 + tl.cast(penalty, ACC) / ((c + 0.001) * (c + 0.001)))
     if MEAN:
         e = tl.arange(0, BLOCK)
@@ -103,14 +103,15 @@ def _scales(
     tl.store(scale + i, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rest_of"])
 def _backward(
-    logits, target, lse, scale, out, classes, t, first, row_stride, ignore_index: tl.int64, smoothing: tl.float64,
+    logits, target, top_of, rest_of, scale, out, classes, t, first, row_stride, ignore_index: tl.int64, smoothing: tl.float64,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[r, c] = scale · (softmax − smoothing/C − (1 − smoothing)[c = target]); out may be logits itself.
 
-    first: the global row of this chunk's row 0; target, lse and scale are indexed by global row.
+    first: the global row of this chunk's row 0; target, top_of, rest_of (of _forward) and scale are indexed by
+    global row.
     Bytes: logits read once, out written once.  FLOPs: about 6 an element.  Limit: bandwidth.
     Fraction reached: not yet run on a GPU.
     """
@@ -122,7 +123,7 @@ def _backward(
     s = tl.where(label != ignore_index, tl.load(scale + row // t), 0.0)
     eps = tl.cast(smoothing, ACC)
     x = tl.load(logits + r * row_stride + c, mask=mask, other=0.0).to(ACC)
-    d = tl.exp(x - tl.load(lse + row)) - eps / classes - tl.where(c == label, 1.0 - eps, 0.0)
+    d = tl.exp(x - tl.load(top_of + row) - tl.load(rest_of + row)) - eps / classes - tl.where(c == label, 1.0 - eps, 0.0)
     tl.store(out + r * classes + c, (s * d).to(out.dtype.element_ty), mask=mask)
 
 
@@ -133,11 +134,11 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _launch_forward(rows: Tensor, target: Tensor, lse: Tensor, position: Tensor, ignore_index: int, smoothing: float):
-    """One row of logits a program; target, lse, position are this chunk's."""
+    """One row of logits a program; target, lse (2, rows) and position are this chunk's."""
     if len(rows):
         block = launch.power_of_2(rows.shape[1], 128, 1024 if lse.dtype == torch.float64 else 2048)  # wider float64 spills
         _forward[(len(rows),)](
-            rows, target, lse, position, rows.shape[1], rows.stride(0), ignore_index, smoothing,
+            rows, target, lse[0], lse[1], position, rows.shape[1], rows.stride(0), ignore_index, smoothing,
             ACC=launch.TL[lse.dtype], BLOCK=block, num_warps=4,
         )  # fmt: skip
 
@@ -170,7 +171,7 @@ def _launch_backward(rows, target, lse, scale, out, t: int, first: int, ignore_i
     block = launch.power_of_2(classes, 128, 2048)
     if rows.numel():
         _backward[(len(rows), cdiv(classes, block))](
-            rows, target, lse, scale, out, classes, max(t, 1), first, rows.stride(0), ignore_index, smoothing,
+            rows, target, lse[0], lse[1], scale, out, classes, max(t, 1), first, rows.stride(0), ignore_index, smoothing,
             ACC=launch.TL[lse.dtype], BLOCK=block, num_warps=4,
         )  # fmt: skip
 
@@ -181,8 +182,8 @@ def sample_loss(
     label_smoothing: float = 0.0, reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, target = _flat(logits), target.contiguous()
-    lse = logits.new_empty(target.shape, dtype=accumulate_dtype(logits))
-    position = torch.empty_like(lse)
+    lse = logits.new_empty((2, *target.shape), dtype=accumulate_dtype(logits))
+    position = torch.empty_like(lse[0])
     _launch_forward(rows, target, lse, position, ignore_index, label_smoothing)
     return *_launch_samples(position, target, penalty, ignore_index, reduction), lse
 
@@ -216,12 +217,12 @@ def linear_sample_loss(
     Bytes held: LOGIT_BYTES, whatever n·t.  FLOPs: 2·n·t·d·C, and twice that and one recomputation in the backward.
     """
     rows, target = h.reshape(-1, h.shape[-1]), target.contiguous()
-    lse = h.new_empty(target.shape, dtype=accumulate_dtype(h))
-    position = torch.empty_like(lse)
-    ids, z, each = target.view(-1), lse.view(-1), position.view(-1)
+    lse = h.new_empty((2, *target.shape), dtype=accumulate_dtype(h))
+    position = torch.empty_like(lse[0])
+    ids, z, each = target.view(-1), lse.view(2, target.numel()), position.view(-1)
     for lo, hi in _row_chunks(rows, len(weight)):
         logits = torch.nn.functional.linear(rows[lo:hi], weight, bias)
-        _launch_forward(logits, ids[lo:hi], z[lo:hi], each[lo:hi], ignore_index, label_smoothing)
+        _launch_forward(logits, ids[lo:hi], z[:, lo:hi], each[lo:hi], ignore_index, label_smoothing)
     return *_launch_samples(position, target, penalty, ignore_index, reduction), lse
 
 
@@ -236,7 +237,7 @@ def linear_sample_loss_backward(
     rows, target = h.reshape(-1, h.shape[-1]), target.contiguous()
     scale = _launch_scales(grad, target, ce, clip, penalty, ignore_index, reduction)
     t = target.shape[1] if target.dim() == 2 else 1
-    ids, z = target.view(-1), lse.contiguous().view(-1)
+    ids, z = target.view(-1), lse.contiguous().view(2, target.numel())
     dh = torch.empty_like(rows)
     dweight = torch.zeros_like(weight, dtype=dtype)
     dbias = weight.new_zeros(0 if bias is None else len(weight), dtype=dtype)

@@ -34,3 +34,21 @@ def far_logits(shape, dtype, level, smoothing):
         return F.cross_entropy(x, target, reduction="none", label_smoothing=smoothing)
 
     return logits, target, each(wide), each(logits.double())
+
+
+def loss_gradients(logits, target, w, smoothing=0.0):
+    """∂/∂logits of Σ w_i CE_i by autograd: plain PyTorch's in float32 (float64 for float64), and in float64."""
+    wide = logits.float() if logits.dtype != torch.float64 else logits
+
+    def of(x):
+        x = x.detach().clone().requires_grad_()
+        each = F.cross_entropy(x, target, reduction="none", label_smoothing=smoothing)
+        return torch.autograd.grad(each, x, w.to(each.dtype))[0]
+
+    return of(wide).to(logits.dtype), of(logits.double())
+
+
+def infinite_loss():
+    """Logits (2, 3) and labels of which the first costs an infinite CE, and the gradient by plain PyTorch."""
+    logits, target = torch.tensor([[-torch.inf, 0.0, 1.0], [0.5, -1.0, 2.0]]), torch.tensor([0, 1])
+    return logits, target, loss_gradients(logits, target, torch.ones(2))[0]

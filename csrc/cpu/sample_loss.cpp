@@ -2,9 +2,12 @@
 //
 // Forward: one read of the logits for the maximum, one (from cache) for the sum of exponentials.
 // Backward: one read of the logits, one write of their gradient: softmax, target, smoothing, clip and penalty fused.
+// lse (2, n[, t]) keeps each row's maximum and the log of its sum of exp(x - maximum) apart: their sum in float32 would round a
+// softmax by 2^-24 of the maximum.
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "common.h"
 #include "kernels.h"
@@ -52,7 +55,7 @@ void forward(const Tensor& logits, const Tensor& target, const Shape& s, int64_t
   const Elements<T>& loop = elements<T>();
   const T* x = data<T>(logits);
   const int64_t* y = target.const_data_ptr<int64_t>();
-  A *l = loss.mutable_data_ptr<A>(), *e = ce.mutable_data_ptr<A>(), *z = lse.mutable_data_ptr<A>();
+  A *l = loss.mutable_data_ptr<A>(), *e = ce.mutable_data_ptr<A>(), *top = lse.mutable_data_ptr<A>(), *rest = top + s.n * s.t;
   std::atomic<bool> bad{false};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, s.t * s.classes));
   torch::stable::parallel_for(0, s.n, grain, [&](int64_t begin, int64_t end) {
@@ -64,11 +67,11 @@ void forward(const Tensor& logits, const Tensor& target, const Shape& s, int64_t
         A hi, sum, below;
         loop.row_sums(row, s.classes, &hi, &sum, &below);
         const A mass = std::log(sum);
-        z[p] = hi + mass;
+        top[p] = hi, rest[p] = mass;
         if (y[p] == ignore) continue;
         if (y[p] < 0 || y[p] >= s.classes) { bad = true; continue; }
         ++kept;
-        // differences with the maximum, not with z: exact where logits are large and the loss is small
+        // differences with the maximum, not with the log-sum-exp: exact where logits are large and the loss is small
         total += mass + (A)(1 - smoothing) * (hi - (A)widen(row[y[p]])) - (smoothing ? (A)smoothing * below / (A)s.classes : (A)0);
       }
       e[i] = mean && kept ? total / (A)kept : total;
@@ -85,14 +88,16 @@ void backward(const Tensor& grad, const Tensor& logits, const Tensor& target, co
   const Elements<T>& loop = elements<T>();
   const T* x = data<T>(logits);
   const int64_t* y = target.const_data_ptr<int64_t>();
-  const A *w = grad.const_data_ptr<A>(), *e = ce.const_data_ptr<A>(), *z = lse.const_data_ptr<A>();
+  const A *w = grad.const_data_ptr<A>(), *e = ce.const_data_ptr<A>();
+  const A *top = lse.const_data_ptr<A>(), *rest = top + s.n * s.t;
+  const bool clips = clip < std::numeric_limits<double>::infinity();
   T* d = data<T>(out);
   std::atomic<bool> bad{false};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, s.t * s.classes));
   torch::stable::parallel_for(0, s.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t lo = i * s.t, hi = lo + s.t;
-      A scale = e[i] < (A)clip ? w[i] : (A)0;
+      A scale = !clips || e[i] < (A)clip ? w[i] : (A)0;
       if (penalty) scale *= 1 + (A)penalty / ((e[i] + (A)kPenaltyEps) * (e[i] + (A)kPenaltyEps));
       if (mean && s.t > 1) {
         int64_t kept = 0;
@@ -101,16 +106,16 @@ void backward(const Tensor& grad, const Tensor& logits, const Tensor& target, co
       }
       for (int64_t p = lo; p < hi; ++p) {
         T* row = d + p * s.classes;
-        if (y[p] == ignore || (scale == (A)0 && std::isfinite(z[p]))) {  // a loss that is not finite keeps its NaN
+        if (y[p] == ignore || (scale == (A)0 && std::isfinite(top[p] + rest[p]))) {  // a loss that is not finite keeps its NaN
           std::fill(row, row + s.classes, T(0));  // all-zero bits are zero in every type
           continue;
         }
         if (y[p] < 0 || y[p] >= s.classes) { bad = true; continue; }
         const A f = scale;
         const A shift = (A)(smoothing * f / s.classes);
-        loop.row_softmax(x + p * s.classes, row, s.classes, z[p], f, shift);
+        loop.row_softmax(x + p * s.classes, row, s.classes, top[p], rest[p], f, shift);
         // the target's entry is recomputed, not read back, so that it is rounded once
-        loop.row_softmax(x + p * s.classes + y[p], row + y[p], 1, z[p], f, shift + (A)(1 - smoothing) * f);
+        loop.row_softmax(x + p * s.classes + y[p], row + y[p], 1, top[p], rest[p], f, shift + (A)(1 - smoothing) * f);
       }
     }
   });
@@ -126,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_loss(
   const ScalarType type = element_type(logits.scalar_type()), acc = accumulate_type(type);
   Tensor x = dense(logits, type), y = torch::stable::contiguous(target);
   Tensor loss = empty_like_dtype(x, {s.n}, acc), ce = empty_like_dtype(x, {s.n}, acc);
-  Tensor lse = target.dim() == 2 ? empty_like_dtype(x, {s.n, s.t}, acc) : empty_like_dtype(x, {s.n}, acc);
+  Tensor lse = target.dim() == 2 ? empty_like_dtype(x, {2, s.n, s.t}, acc) : empty_like_dtype(x, {2, s.n}, acc);
   const bool mean = reduction == "mean";
   STD_TORCH_CHECK(s.n == 0 || s.t == 0 || s.classes > 0, "sample_loss: no classes");
   by_type(type, [&](auto zero) {
@@ -144,7 +149,7 @@ Tensor sample_loss_backward(
   Tensor w = dense(grad, acc), e = dense(ce, acc), z = dense(lse, acc);
   Tensor out = torch::stable::empty_like(x);
   const bool mean = reduction == "mean";
-  STD_TORCH_CHECK(w.numel() == s.n && e.numel() == s.n && z.numel() == s.n * s.t, "sample_loss: grad, ce or lse does not go with target");
+  STD_TORCH_CHECK(w.numel() == s.n && e.numel() == s.n && z.numel() == 2 * s.n * s.t, "sample_loss: grad, ce or lse does not go with target");
   by_type(type, [&](auto zero) {
     backward<decltype(zero)>(w, x, y, e, z, s, clip, penalty, ignore_index, label_smoothing, mean, out);
   });

@@ -55,8 +55,9 @@ std::tuple<Tensor, Tensor, Tensor> sample_loss(const Tensor& logits, const Tenso
   const Call call("sample_loss", logits);
   const Rows r = rows_of(call, logits, target, clip, penalty, ignore_index, label_smoothing, reduction);
   const ScalarType acc = accumulate_type(logits.scalar_type());
-  Tensor lse = torch::stable::new_empty(r.logits, target.sizes(), acc), loss = empty(lse, {r.options.n}, acc);
-  Tensor ce = torch::stable::empty_like(loss), position = torch::stable::empty_like(lse);
+  const int64_t n = r.options.n, t = r.options.t;
+  Tensor lse = target.dim() == 2 ? empty(r.logits, {2, n, t}, acc) : empty(r.logits, {2, n}, acc), loss = empty(lse, {n}, acc);
+  Tensor ce = torch::stable::empty_like(loss), position = empty(lse, {n * t}, acc);
   call(ef_cuda_sample_loss(type_of(logits), r.options, data(r.logits), data<int64_t>(r.target), data(lse), data(position), data(loss),
                            data(ce), call.stream));
   return {loss, ce, lse};
@@ -67,7 +68,7 @@ Tensor sample_loss_backward(const Tensor& grad, const Tensor& logits, const Tens
   const Call call("sample_loss_backward", logits);
   const Rows r = rows_of(call, logits, target, clip, penalty, ignore_index, label_smoothing, reduction);
   const ScalarType acc = accumulate_type(logits.scalar_type());
-  call.require(grad.numel() == r.options.n && ce.numel() == r.options.n && lse.numel() == r.options.n * r.options.t,
+  call.require(grad.numel() == r.options.n && ce.numel() == r.options.n && lse.numel() == 2 * r.options.n * r.options.t,
                "grad, ce and lse do not fit the logits");
   const Tensor w = dense(grad, acc), e = dense(ce, acc), z = dense(lse, acc);
   Tensor out = torch::stable::new_empty(r.logits, logits.sizes(), logits.scalar_type()), scale = empty(e, {r.options.n}, acc);

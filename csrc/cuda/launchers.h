@@ -82,7 +82,7 @@ int ef_cuda_w2_sorted(int type, const void* losses, int64_t n, const void* refer
                       uint64_t* other_keys, void* temporary, int64_t bytes, double* partial, unsigned* counter, float* value,
                       float* weights, void* stream);
 
-// lse, position (n*t), loss, ce (n) of the compute type; position is scratch
+// lse (2, n*t), position (n*t), loss, ce (n) of the compute type; position is scratch
 int ef_cuda_sample_loss(int type, ef::cuda::LossOptions options, const void* logits, const int64_t* target, void* lse,
                         void* position, void* loss, void* ce, void* stream);
 // scale (n): scratch; out (n*t, classes) contiguous

@@ -2,6 +2,7 @@
 //
 // A warp takes a row of up to kWarpRow classes, a block a longer one; rows are read 16 bytes at a time from wherever their
 // first aligned element is. A label outside [0, classes) that is not ignore gives NaN.
+// lse (2, rows): the maximum of each row, and the log of its sum of exp(x - maximum).
 // Bytes: forward the logits once, backward read and written once. FLOPs: about 6 an element. Limit: bandwidth.
 // Fraction reached: not yet run on a GPU.
 #include <math.h>
@@ -112,7 +113,7 @@ forward(LossOptions o, const T* logits_, const int64_t* target_, Acc<T>* lse_, A
     }
     if (me != 0) continue;
     const A log_mass = logarithm(sum.mass), base_value = sum.base();
-    lse[r] = base_value + log_mass;
+    lse[r] = sum.top, lse[rows + r] = log_mass;
     const int64_t label = target[r];
     A value = 0;
     if (label != o.ignore) {
@@ -160,7 +161,7 @@ scales(LossOptions o, const A* grad_, const A* ce_, const int64_t* target_, A* s
   const Span<A> scale(scale_);
   for (int64_t i = blockIdx.x * (int64_t)(kThreads / 32) + warp(); i < o.n; i += gridDim.x * (int64_t)(kThreads / 32)) {
     const A c = ce[i], apart = c + (A)kPenaltyEps;
-    A value = c < (A)o.clip ? grad[i] : A(0);
+    A value = o.clip == infinite<double>() || c < (A)o.clip ? grad[i] : A(0);
     value *= 1 + (A)o.penalty / (apart * apart);
     if (o.mean && o.t > 1) {
       const int64_t count = kept(target, o, i);
@@ -184,8 +185,8 @@ backward(LossOptions o, const T* logits_, const int64_t* target_, const Acc<T>* 
   const A even = (A)(o.smoothing / (double)o.classes), peak = (A)(1 - o.smoothing);
   for (int64_t r = (int64_t)blockIdx.x * ROWS + (THREADS == 32 ? warp() : 0); r < rows; r += (int64_t)gridDim.x * ROWS) {
     const int64_t label = target[r];
-    const A z = lse[r], s = label != o.ignore ? scale[r / o.t] : A(0);
-    const bool kept = label != o.ignore && (s != A(0) || !isfinite(z));  // a loss that is not finite keeps its NaN
+    const A top = lse[r], log_mass = lse[rows + r], s = label != o.ignore ? scale[r / o.t] : A(0);
+    const bool kept = label != o.ignore && (s != A(0) || !isfinite(top + log_mass));  // a loss that is not finite keeps its NaN
     T* const address = out_ + r * o.classes;
     const Span<T> mine = out + r * o.classes;
     over_row<T>(logits + r * o.stride, logits_ + r * o.stride, o.classes, me, THREADS, [&](int64_t c, const auto& x) {
@@ -193,7 +194,7 @@ backward(LossOptions o, const T* logits_, const int64_t* target_, const Acc<T>* 
       constexpr int M = sizeof(x.x) / sizeof(T);
 #pragma unroll
       for (int i = 0; i < M; ++i) {
-        const A p = exponential((A)widen(x[i]) - z) - even - (c + i == label ? peak : A(0));
+        const A p = exponential((A)widen(x[i]) - top - log_mass) - even - (c + i == label ? peak : A(0));
         y[i] = narrow<T>(kept ? s * p : A(0));
       }
       if constexpr (M > 1) {

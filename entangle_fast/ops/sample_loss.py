@@ -33,7 +33,8 @@ def sample_loss(
 
     Args:
         logits: (n, C), or (n, t, C) for sequences.  target: (n,) or (n, t) int64.
-        clip: c of stage 1 (methods.md §1): the gradient is zero once CE ≥ c, the value is kept.
+        clip: c of stage 1 (methods.md §1): the gradient is zero once CE ≥ c, the value is kept; inf: nothing is, not even
+            where CE is infinite (a label whose logit is −inf).
         penalty: k of the small-loss penalty: the loss is CE − k / (CE + 1e-3).
         ignore_index: positions with this target do not count.
         reduction: over the positions of one sample: "mean" or "sum".

@@ -22,13 +22,14 @@ def sample_loss(
 
     logits (n, C) with target (n,), or (n, t, C) with (n, t). Positions equal to ignore_index do not count;
     reduction ("mean" or "sum") is over the positions of one sample.
-    Returns loss (n,) = CE − penalty / (CE + 1e-3), ce (n,), and lse (n,) or (n, t), the log-sum-exp.
-    clip changes only the gradient: it is zero once CE ≥ clip.
+    Returns loss (n,) = CE − penalty / (CE + 1e-3), ce (n,), and lse (2, n) or (2, n, t): each row's maximum, and the log of its sum of
+    exp(x − maximum). Their sum is the log-sum-exp; it is not formed, since float32 would round it by 2⁻²⁴ of the maximum.
+    clip changes only the gradient: it is zero once CE ≥ clip; nothing is clipped by inf, not even an infinite CE.
     """
     x = logits.to(accumulate_dtype(logits))
     log_p = x.log_softmax(-1)  # differences with the maximum: exact where logits are large and the loss is small
     ce = _reduce(_position_loss(log_p, target, ignore_index, label_smoothing), target, ignore_index, reduction)
-    return _clipped(ce, clip, penalty), ce, x.amax(-1) - log_p.amax(-1)
+    return _clipped(ce, clip, penalty), ce, torch.stack((x.amax(-1), -log_p.amax(-1)))
 
 
 def _clipped(ce, clip, penalty):
@@ -55,7 +56,7 @@ def _reduce(loss, target, ignore_index, reduction):
 
 def _position_scale(grad, target, ce, clip, penalty, ignore_index, reduction):
     """∂/∂(position loss) of Σ grad_i loss_i, shaped like target."""
-    scale = torch.where(ce < clip, grad.to(ce.dtype), 0)
+    scale = grad.to(ce.dtype) if clip == math.inf else torch.where(ce < clip, grad.to(ce.dtype), 0)
     if penalty:
         scale = scale * (1 + penalty / (ce + PENALTY_EPS) ** 2)
     if target.dim() == 2:
@@ -72,7 +73,7 @@ def sample_loss_backward(
     """Gradient of Σ_i grad_i loss_i with respect to logits; grad (n,) are per-sample weights."""
     x = logits.to(accumulate_dtype(logits))
     scale = _position_scale(grad, target, ce, clip, penalty, ignore_index, reduction).unsqueeze(-1)
-    out = (x - lse.unsqueeze(-1)).exp() * scale
+    out = (x - lse[0].unsqueeze(-1)).sub_(lse[1].unsqueeze(-1)).exp_() * scale
     if label_smoothing:
         out = out - (label_smoothing / x.shape[-1]) * scale
     index = torch.where(target != ignore_index, target, 0).unsqueeze(-1)
@@ -85,27 +86,33 @@ def linear_sample_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """sample_loss(h @ weight.T + bias, target, …) without holding all logits: those of some classes at a time.
 
-    h (n, d) or (n, t, d), weight (C, d), bias (C,) or None → loss (n,), ce (n,), lse like target.
+    h (n, d) or (n, t, d), weight (C, d), bias (C,) or None → loss (n,), ce (n,), lse (2, *target.shape).
     """
     dtype = accumulate_dtype(h, weight)
     rows, ids = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     kept = ids != ignore_index
     inside = (ids >= 0) & (ids < len(weight))
     torch._assert_async((~kept | inside).all(), f"target: a label outside [0, {len(weight)}) that is not ignore_index")
-    lse = rows.new_full(ids.shape, -math.inf, dtype=torch.float64)  # of classes so far: many roundings, few elements
-    picked, total = torch.zeros_like(lse), torch.zeros_like(lse)
+    top = rows.new_full(ids.shape, -math.inf, dtype=torch.float64)  # of classes so far: many roundings, few elements
+    mass, picked, total = (torch.zeros_like(top) for _ in range(3))
     for lo, hi, x in _logits(rows, weight, bias):
         x = x.to(dtype)
         inside = kept & (ids >= lo) & (ids < hi)
         picked += torch.where(inside, x.gather(1, torch.where(inside, ids - lo, 0).unsqueeze(1)).squeeze(1), 0)
-        top = x.amax(1, keepdim=True)
-        below, top = x.sub_(top), top.squeeze(1).double()
+        peak = x.amax(1)
+        base = torch.where(peak == -math.inf, 0, peak)
+        below = x.sub_(base.unsqueeze(1))
         if label_smoothing:
-            total += below.sum(1) + top * (hi - lo)
-        lse = torch.logaddexp(lse, below.exp_().sum(1).log() + top)
-    position = lse - (1 - label_smoothing) * picked - label_smoothing / len(weight) * total
+            total += below.sum(1) + base.double() * (hi - lo)
+        before, top = top, torch.maximum(top, peak)
+        level = torch.where(top == -math.inf, 0, top)
+        mass = mass * (before - level).exp() + below.exp_().sum(1) * (peak - level).exp()
+    rest = mass.log()
+    position = rest + (1 - label_smoothing) * (top - picked)
+    if label_smoothing:
+        position += label_smoothing * (top - total / len(weight))
     ce = _reduce(torch.where(kept, position, 0).to(dtype).view(target.shape), target, ignore_index, reduction)
-    return _clipped(ce, clip, penalty), ce, lse.to(dtype).view(target.shape)
+    return _clipped(ce, clip, penalty), ce, torch.stack((top, rest)).to(dtype).view(2, *target.shape)
 
 
 def linear_sample_loss_backward(
@@ -115,13 +122,14 @@ def linear_sample_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Σ_i grad_i loss_i: dh like h, dweight like weight, dbias (C,) (empty without a bias)."""
     dtype = accumulate_dtype(h, weight)
-    rows, ids, logz = h.reshape(-1, h.shape[-1]), target.reshape(-1), lse.reshape(-1, 1)
+    rows, ids = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    top, rest = lse.reshape(2, -1, 1)
     scale = _position_scale(grad, target, ce, clip, penalty, ignore_index, reduction).reshape(-1, 1)
     kept = ids != ignore_index
     dh, dweight = torch.zeros_like(rows, dtype=dtype), torch.empty_like(weight)
     dbias = weight.new_empty(len(weight) if bias is not None else 0)
     for lo, hi, x in _logits(rows, weight, bias):
-        d = x.to(dtype).sub_(logz).exp_().mul_(scale)
+        d = x.to(dtype).sub_(top).sub_(rest).exp_().mul_(scale)
         if label_smoothing:
             d.sub_(label_smoothing / len(weight) * scale)
         inside = kept & (ids >= lo) & (ids < hi)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from plain import far_logits
+from plain import far_logits, infinite_loss, loss_gradients
 
 from entangle_fast import reference
 
@@ -40,6 +40,18 @@ def test_large_logits_stay_finite(cpp):
 def test_logits_far_from_zero_lose_no_digits(cpp, assert_as_good, dtype, classes, level, smoothing):
     logits, target, plain, truth = far_logits((64, classes), dtype, level, smoothing)
     assert_as_good(cpp.sample_loss(logits, target, math.inf, 0.0, -100, smoothing)[0], plain, truth)
+    w, rest = torch.randn(64, dtype=plain.dtype), (math.inf, 0.0, -100, smoothing)
+    _, ce, lse = cpp.sample_loss(logits, target, *rest)
+    assert_as_good(cpp.sample_loss_backward(w, logits, target, ce, lse, *rest), *loss_gradients(logits, target, w, smoothing))
+
+
+def test_no_clip_is_no_clip(cpp):
+    logits, target, want = infinite_loss()
+    for clip, there in ((math.inf, True), (1e30, False)):
+        loss, ce, lse = cpp.sample_loss(logits, target, clip)
+        grad = cpp.sample_loss_backward(torch.ones(2), logits, target, ce, lse, clip)
+        assert loss[0] == math.inf
+        torch.testing.assert_close(grad, torch.stack([want[0] * there, want[1]]))
 
 
 def test_labels_are_checked(cpp):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from plain import far_logits
+from plain import far_logits, infinite_loss, loss_gradients
 from shapes import assert_as_good
 
 from entangle_fast import reference
@@ -41,6 +41,16 @@ def test_against_the_reference(cuda, dtype, shape, options):
 def test_logits_far_from_zero_lose_no_digits(cuda, dtype, classes, level, smoothing):
     logits, target, plain, truth = far_logits((5, classes), dtype, level, smoothing)
     assert_as_good(cuda.sample_loss(logits, target, math.inf, 0.0, -100, smoothing, "mean")[0], plain, truth)
+    w, rest = torch.randn(5, dtype=plain.dtype), (math.inf, 0.0, -100, smoothing, "mean")
+    _, ce, lse = cuda.sample_loss(logits, target, *rest)
+    assert_as_good(cuda.sample_loss_backward(w, logits, target, ce, lse, *rest), *loss_gradients(logits, target, w, smoothing))
+
+
+def test_no_clip_is_no_clip(cuda):
+    logits, target, want = infinite_loss()
+    rest = (math.inf, 0.0, -100, 0.0, "mean")
+    _, ce, lse = cuda.sample_loss(logits, target, *rest)
+    torch.testing.assert_close(cuda.sample_loss_backward(torch.ones(2), logits, target, ce, lse, *rest), want)
 
 
 @pytest.mark.parametrize("classes", [37, 40, 1544])

@@ -1,11 +1,12 @@
 """The specification against autograd in float64, sample by sample."""
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import far_logits
+from plain import far_logits, infinite_loss, loss_gradients
 
 from entangle_fast import reference as ref
 from entangle_fast.reference import philox
@@ -180,7 +181,7 @@ def test_sample_loss_is_cross_entropy(rand, smoothing, reduction):
     loss, ce, lse = ref.sample_loss(logits, TARGETS, label_smoothing=smoothing, reduction=reduction)
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(ce, want)
-    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    torch.testing.assert_close(lse, torch.stack([logits.amax(-1), logits.logsumexp(-1) - logits.amax(-1)]))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
@@ -191,6 +192,36 @@ def test_logits_far_from_zero_lose_no_digits(dtype, smoothing):
     assert (ref.sample_loss(logits, target, label_smoothing=smoothing)[0] - truth).norm() <= allowed
     eye = torch.eye(372, dtype=dtype)  # a layer that makes the same logits, of two chunks
     assert (ref.linear_sample_loss(logits, eye, None, target, label_smoothing=smoothing)[0] - truth).norm() <= allowed
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_far_from_zero_lose_no_digits(dtype, smoothing):
+    logits, target, *_ = far_logits((64, 372), dtype, 1000.0, smoothing)
+    w = torch.randn(64)
+    plain, truth = loss_gradients(logits, target, w, smoothing)
+    allowed = 2 * (plain - truth).norm()
+    _, ce, lse = ref.sample_loss(logits, target, label_smoothing=smoothing)
+    assert (ref.sample_loss_backward(w, logits, target, ce, lse, label_smoothing=smoothing) - truth).norm() <= allowed
+    eye = torch.eye(372, dtype=dtype)
+    _, ce, lse = ref.linear_sample_loss(logits, eye, None, target, label_smoothing=smoothing)
+    dh = ref.linear_sample_loss_backward(w, logits, eye, None, target, ce, lse, label_smoothing=smoothing)[0]
+    assert (dh - truth).norm() <= allowed
+
+
+def test_no_clip_is_no_clip():
+    logits, target, want = infinite_loss()
+    _, ce, lse = ref.sample_loss(logits, target)
+    torch.testing.assert_close(ref.sample_loss_backward(torch.ones(2), logits, target, ce, lse), want)
+
+
+def test_a_chunk_of_classes_that_are_all_masked(monkeypatch):
+    monkeypatch.setattr(sys.modules[ref.sample_loss.__module__], "LEAST_CLASSES", 2)
+    monkeypatch.setattr(sys.modules[ref.sample_loss.__module__], "LOGIT_BYTES", 0)
+    bias = torch.tensor([-math.inf, -math.inf, -2000.0, -2001.0, -math.inf, -math.inf])
+    h, weight, target = torch.ones(1, 1), torch.zeros(6, 1), torch.tensor([3])
+    found = ref.linear_sample_loss(h, weight, bias, target)
+    torch.testing.assert_close(found, ref.sample_loss(bias[None], target))
 
 
 @pytest.mark.parametrize("options", [

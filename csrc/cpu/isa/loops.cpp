@@ -222,9 +222,10 @@ template <class T> void row_sums(const T* x, int64_t count, Acc<T>* top, Acc<T>*
   *top = hi, *total = sum, *below = all;
 }
 
-template <class T> void row_softmax(const T* __restrict x, T* __restrict out, int64_t count, Acc<T> lse, Acc<T> scale, Acc<T> shift) {
+template <class T>
+void row_softmax(const T* __restrict x, T* __restrict out, int64_t count, Acc<T> top, Acc<T> log_sum, Acc<T> scale, Acc<T> shift) {
 #pragma omp simd
-  for (int64_t c = 0; c < count; ++c) narrow(scale * exp_below(widen(x[c]) - lse) - shift, out + c);
+  for (int64_t c = 0; c < count; ++c) narrow(scale * exp_below(widen(x[c]) - top - log_sum) - shift, out + c);
 }
 
 template <class T> void read(const T* __restrict x, Acc<T>* __restrict out, int64_t count) {

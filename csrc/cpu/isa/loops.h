@@ -24,8 +24,8 @@ template <class T> struct Elements {
   void (*undo)(T* theta, const T* g, const int8_t* ulps, int64_t count, A alpha);
   // max, sum of exp(x - max), sum of x - max
   void (*row_sums)(const T* x, int64_t count, A* top, A* total, A* below);
-  // out = scale exp(x - lse) - shift
-  void (*row_softmax)(const T* x, T* out, int64_t count, A lse, A scale, A shift);
+  // out = scale exp(x - top - log_sum) - shift
+  void (*row_softmax)(const T* x, T* out, int64_t count, A top, A log_sum, A scale, A shift);
   // between the compute type and memory
   void (*read)(const T* x, A* out, int64_t count);
   void (*write)(const A* x, T* out, int64_t count);

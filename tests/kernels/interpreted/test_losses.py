@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from entangle_fast.kernels import sample_loss, w2
-from plain import far_logits
+from plain import far_logits, infinite_loss, loss_gradients
 from rule import agree, check
 
 from entangle_fast import reference
@@ -63,6 +63,16 @@ def test_extreme_logits():
 def test_logits_far_from_zero_lose_no_digits(dtype, classes, level, smoothing):
     logits, target, plain, truth = far_logits((5, classes), dtype, level, smoothing)
     agree(sample_loss.sample_loss(logits, target, math.inf, 0.0, -100, smoothing)[0], plain, truth)
+    w, rest = torch.randn(5, dtype=plain.dtype), (math.inf, 0.0, -100, smoothing)
+    _, ce, lse = sample_loss.sample_loss(logits, target, *rest)
+    eps = 16 * torch.finfo(torch.float64).eps  # in float64 the truth is plain PyTorch itself: the same sums in another order
+    agree(sample_loss.sample_loss_backward(w, logits, target, ce, lse, *rest), *loss_gradients(logits, target, w, smoothing), eps=eps)
+
+
+def test_no_clip_is_no_clip():
+    logits, target, want = infinite_loss()
+    _, ce, lse = sample_loss.sample_loss(logits, target, math.inf)
+    torch.testing.assert_close(sample_loss.sample_loss_backward(torch.ones(2), logits, target, ce, lse, math.inf), want)
 
 
 def test_a_label_out_of_range_gives_nan_and_reads_nothing_beyond_the_row():
