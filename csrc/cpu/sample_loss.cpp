@@ -149,7 +149,8 @@ Tensor sample_loss_backward(
   Tensor w = dense(grad, acc), e = dense(ce, acc), z = dense(lse, acc);
   Tensor out = torch::stable::empty_like(x);
   const bool mean = reduction == "mean";
-  STD_TORCH_CHECK(w.numel() == s.n && e.numel() == s.n && z.numel() == 2 * s.n * s.t, "sample_loss: grad, ce or lse does not go with target");
+  STD_TORCH_CHECK(w.numel() == s.n && e.numel() == s.n && z.numel() == 2 * s.n * s.t,
+                  "sample_loss: grad, ce or lse does not go with target");
   by_type(type, [&](auto zero) {
     backward<decltype(zero)>(w, x, y, e, z, s, clip, penalty, ignore_index, label_smoothing, mean, out);
   });
