@@ -1,14 +1,13 @@
-"""Followers of whole kinds of functions: elementwise, spatial, linear algebra, Fourier, losses; and what no follower knows.
+"""Followers of whole kinds of functions: elementwise, spatial, linear algebra, Fourier; which follower serves a name, and what none knows.
 
-A function that is in no list here or in follow.py may mix the samples in any way: where a gradient passes through it, the
+A function that has no follower in follow*.py may mix the samples in any way: where a gradient passes through it, the
 samples are Lost. For data alone that costs nothing, and its result is taken by its sizes.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from .follow import FOLLOW, _broadcast, _cut, _joined, _kept, _same, by_axis, follows
+from . import follow_index, follow_layers, follow_products, follow_shapes  # noqa: F401  (each fills FOLLOW)
+from .follow import FOLLOW, _before_last, _broadcast, _kept, by_axis, follows
 
 # each entry of the result depends on the same entry of the inputs; their in-place forms too
 ELEMENTWISE = frozenset("""
@@ -44,15 +43,6 @@ def unknown(c):
     return _kept(c)
 
 
-def _before_last(c, dims: int):
-    """Works on the last ``dims`` dimensions of its operands; those before them are a batch."""
-    if not _same(c, [p for _, p in c.placed]) and c.n > 1:
-        return c.mixed("meets samples in different dimensions")
-    if any(p.axis >= x.dim() - dims for x, p in c.placed):
-        return c.mixed("goes over the samples")
-    return _kept(c)
-
-
 def _works_on(dims: int, *names: str):
     follows(*names)(lambda c: _before_last(c, dims))
 
@@ -71,80 +61,6 @@ _works_on(2, "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_av
 _works_on(3, "max_pool3d", "max_pool3d_with_indices", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d",
           "adaptive_max_pool3d_with_indices", "lp_pool3d", "max_unpool2d", "pixel_shuffle", "pixel_unshuffle")  # fmt: skip
 _works_on(4, "max_unpool3d")
-
-
-@follows("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc", "group_norm",
-         "instance_norm", "interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "local_response_norm", "grid_sample",
-         "affine_grid", "fold", "channel_shuffle", "embedding_bag", "multi_margin_loss", "multilabel_margin_loss",
-         "multilabel_soft_margin_loss", "sample_loss", "linear_sample_loss")  # fmt: skip
-def _one_a_row(c):
-    """Each entry of dimension 0 on its own, all other dimensions together; a weight made from the batch is none."""
-    if any(p.axis or x.dim() < 2 and c.name != "affine_grid" for x, p in c.placed[:1]) or not _same(c, [p for _, p in c.placed]):
-        return c.mixed("goes over the samples")
-    if c.name == "conv_tbc" or c.name.startswith("conv") and (len(c.placed) > 1 or c.x.dim() != int(c.name[-2]) + 2):
-        return c.mixed("takes a weight or channels from the samples")
-    return _kept(c)
-
-
-@follows("embedding", "batch_norm", "prelu", "one_hot")
-def _entry_by_entry(c):
-    """Any dimension may be the samples'; a table or weight made from the batch is none."""
-    own = c.args[0] if c.args else c.kwargs.get("input")
-    if c.name == "embedding":  # torch's own takes the table first
-        own = next(x for x in (*c.args, *c.kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point())
-    if len(c.placed) > 1 or c.x is not own:
-        return c.mixed("takes a weight from the samples")
-    return c.place
-
-
-@follows("linear")
-def _linear(c):
-    place = _entry_by_entry(c)
-    return place if place is not c.place else _before_last(c, 1)
-
-
-@follows("cross_entropy", "nll_loss")
-def _classes(c):
-    """Dimension 1 counts the classes, or the only one."""
-    if any(p.axis == min(1, x.dim() - 1) for x, p in c.placed if x.dim() == max(z.dim() for z, _ in c.placed)):
-        if c.x.dim() > 1 or c.y.dim() == 0:
-            return c.mixed("goes over the samples")
-    return _kept(c)
-
-
-@follows("inner")
-def _inner(c):
-    if not all(x.dim() for x in c.args):
-        return _broadcast(c)
-    if len(c.placed) > 1 or c.place.axis == c.x.dim() - 1:
-        return c.mixed("adds up over the samples, or pairs them")
-    return c.place if c.x is c.args[0] else c.place.at(c.args[0].dim() - 1 + c.place.axis)
-
-
-@follows("scaled_dot_product_attention")
-def _attended(c):
-    """Queries, keys and values are (…, positions, d)."""
-    if any(x.dim() - p.axis < 3 for x, p in c.placed) and c.n > 1:
-        return c.mixed("lets the samples attend to each other")
-    return _broadcast(c)
-
-
-@follows("pad", "constant_pad_nd")
-def _padded(c):
-    sides = c.kwargs.get("pad", c.args[1] if len(c.args) > 1 else ())
-    before = c.x.dim() - 1 - c.place.axis
-    if any(sides[2 * before : 2 * before + 2]):
-        return c.lost("adds rows to the batch")
-    return c.place
-
-
-@follows("unfold")
-def _windows(c):
-    if c.y.dim() == c.x.dim() + 1:  # Tensor.unfold(dimension, size, step), not F.unfold of images
-        dim = c.kwargs.get("dimension", c.args[1] if len(c.args) > 1 else 0)
-        return c.lost("takes some of the samples out") if dim % c.x.dim() == c.place.axis else c.place
-    return c.mixed("goes over the samples") if c.place.axis or c.x.dim() < 4 else c.place
-
 
 # where a function's dim stands among its arguments, and what it is when not given; None: all dimensions
 _DIMENSIONS = {
@@ -176,69 +92,9 @@ def _renormed(c):
     return c.place if by_axis(c.args, c.kwargs, 2, c.x.dim()) == c.place.axis else c.mixed("goes over the samples")
 
 
-@follows("cdist")
-def _distances(c):
-    tails = [x.dim() - p.axis for x, p in c.placed]
-    if all(t >= 3 for t in tails):
-        return _broadcast(c)
-    if len(c.placed) > 1 or tails[0] != 2 or c.args[0] is c.args[1]:
-        return c.mixed("pairs samples with others")
-    return c.place.at(c.y.dim() - (2 if c.x is c.args[0] else 1))
-
-
-@follows("diagonal")
-def _on_the_diagonal(c):
-    offset, first, second = (c.kwargs.get(k, c.args[i] if len(c.args) > i else d)
-                             for i, (k, d) in enumerate((("offset", 0), ("dim1", 0), ("dim2", 1)), 1))  # fmt: skip
-    pair = {first % c.x.dim(), second % c.x.dim()}
-    if c.place.axis in pair:
-        return c.lost("takes some of the samples out") if offset or c.y.shape[-1] != c.n else c.place.at(c.y.dim() - 1)
-    return c.place.at(c.place.axis - sum(d < c.place.axis for d in pair))
-
-
-_STACKS = {"vstack": 0, "row_stack": 0, "hstack": 1, "dstack": 2, "column_stack": 1}
-
-
-@follows(*_STACKS)
-def _side_by_side(c):
-    if any(x.dim() != c.x.dim() for x, _ in c.placed):
-        return c.lost("joins tensors of several shapes")
-    if c.name in ("vstack", "row_stack", "dstack") and c.x.dim() == 1:
-        return c.place.at(1)
-    dim = 0 if c.name == "hstack" and c.x.dim() == 1 else _STACKS[c.name]
-    if c.x.dim() <= dim:  # a new dimension behind the others
-        return _kept(c)
-    c.args, c.kwargs = (c.args[0], dim), {}
-    return _joined(c)
-
-
-@follows("hsplit", "vsplit", "dsplit")
-def _cut_at(c):
-    c.args = (c.args[0], c.args[1], {"hsplit": min(1, c.x.dim() - 1), "vsplit": 0, "dsplit": 2}[c.name])
-    return _cut(c)
-
-
-@follows("broadcast_tensors")
-def _broadcast_together(c):
-    given = c.args[0] if len(c.args) == 1 and isinstance(c.args[0], (tuple, list)) else c.args
-    place = next((p for x, p in c.placed if x is given[c.k]), None)
-    return place and place.at(c.y.dim() - (given[c.k].dim() - place.axis))
-
-
-@follows("meshgrid")
-def _grid(c):
-    given = c.args[0] if len(c.args) == 1 and isinstance(c.args[0], (tuple, list)) else c.args
-    at = [k for k, x in enumerate(given) if any(x is z for z, _ in c.placed)]
-    if len(at) > 1:
-        return c.mixed("pairs samples with others")
-    swapped = c.kwargs.get("indexing", "ij") == "xy" and at[0] < 2
-    return c.place.at(1 - at[0] if swapped else at[0]) if given[c.k].dim() else c.place
-
-
 def follower(name: str):
     """By name; an in-place form as its function."""
     known = FOLLOW.get(name)
     if known is None and name.endswith("_") and not name.endswith("__"):
         known = FOLLOW.get(name[:-1])
     return known or unknown
-

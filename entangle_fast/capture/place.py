@@ -1,4 +1,4 @@
-"""Where the samples are in one tensor, and what a follower (follow.py) is told about a call."""
+"""Where the samples are in one tensor, and what a follower (follow*.py) is told about a call."""
 
 from __future__ import annotations
 
