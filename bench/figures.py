@@ -20,7 +20,7 @@ from typing import Any
 from bench_routes import LATE
 from report import ms, title
 
-from entangle_fast.figures import FAINT, INK, METHOD_COLOURS, SPARE_COLOURS, _figure, _log_x, draw_all
+from entangle_fast.figures.style import FAINT, INK, METHOD_COLOURS, SPARE_COLOURS, draw_all, log_x, new_figure
 
 OURS = METHOD_COLOURS["entangled"]
 COLOURS = {
@@ -72,7 +72,7 @@ def providers(rows: list[dict], heading: str, where: str):
         parts[min(columns - 1, int(done / total))].append((job, h))
         done += h
     tallest = max(sum(h for _, h in part) for part in parts)
-    figure = _figure(6.9 * columns, 1.4 + 0.155 * tallest)
+    figure = new_figure(6.9 * columns, 1.4 + 0.155 * tallest)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax, part in zip(axes, parts):
         _bands(ax, part, tallest)
@@ -109,7 +109,7 @@ def _bands(ax, part, tallest: float) -> None:
                         linestyle=FLOORS[r["provider"]][0])  # fmt: skip
         y += h
     ax.axvline(1, color=OURS, linewidth=1.4)
-    _log_x(ax)
+    log_x(ax)
     ax.set_xlim(low / 1.3, high * 1.6)
     ax.set_ylim(tallest - 0.6, -0.8)
     ax.set_yticks([at for at, _ in labels], [text for _, text in labels], fontsize=6.8)
@@ -135,7 +135,7 @@ def slopes(run: dict):
     if not found:
         return None
     panels = list(dict.fromkeys(s["panel"] for s in found))
-    figure = _figure(1 + 3.7 * len(panels), 4.3)
+    figure = new_figure(1 + 3.7 * len(panels), 4.3)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for s, colour in zip([s for s in found if s["panel"] == panel], (OURS, SPARE_COLOURS[1], "#CC6677", FAINT)):
             half = len(s["x"]) // 2
@@ -143,7 +143,7 @@ def slopes(run: dict):
             label = f"{s['name']}: slope {s['slope']:.2f}, theory {s['theory']:.2f}"
             ax.plot(s["x"], s["seconds"], marker="o", markersize=3.5, linewidth=1.3, color=colour, label=label)
             ax.plot(s["x"], [scale * w for w in s["work"]], linestyle="--", linewidth=0.9, color=colour)
-        _log_x(ax)
+        log_x(ax)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(lambda value, _: ms(value).strip() if value < 1 else f"{value:g}s")
         ax.set_title(PANELS.get(panel, panel))
@@ -161,7 +161,7 @@ def routes(run: dict):
         return None
     sizes = sorted({p["n"] for p in found})
     layers = list(dict.fromkeys((p["d_in"], p["d_out"]) for p in found))
-    figure = _figure(1 + 2.5 * len(layers), 1.1 + 1.9 * len(sizes))
+    figure = new_figure(1 + 2.5 * len(layers), 1.1 + 1.9 * len(sizes))
     axes = figure.subplots(len(sizes), len(layers), squeeze=False, sharex=True)
     colours = {"pairs": OURS, "tiles": "#DDAA33"}
     for row, n in enumerate(sizes):

@@ -14,8 +14,8 @@ import torch
 
 import entangle_fast as ef
 from entangle_fast import demo
+from entangle_fast.machine import machine_info
 from entangle_fast.methods.training import fit
-from entangle_fast.report import machine_info
 from entangle_fast.storage import save_json
 
 

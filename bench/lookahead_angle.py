@@ -22,11 +22,11 @@ from originals import original
 
 import entangle_fast as ef
 from entangle_fast import demo
+from entangle_fast.machine import machine_info
 from entangle_fast.methods.data import Data
 from entangle_fast.methods.process import sample_cross_entropy
 from entangle_fast.metrics import accuracy, evaluate, sample_losses
 from entangle_fast.metrics.angle import gradient_angle
-from entangle_fast.report import machine_info
 from entangle_fast.storage import save_json
 
 FORGOTTEN = 20.0
@@ -43,9 +43,9 @@ def follow(model, sets, config, seed, every):
         if process.done % every and process.done < process.total:
             continue
         points.append({
-            "step": process.done, "retain_loss": sample_losses(model, *sets.retain).double().mean().item(),
-            "forget_loss": sample_losses(model, *sets.forget).double().mean().item(),
-            "forget": accuracy(model, *sets.test.forget), "angle": gradient_angle(model, sets.forget, sets.retain),
+            "step": process.done, "retain_loss": sample_losses(model, sets.retain).double().mean().item(),
+            "forget_loss": sample_losses(model, sets.forget).double().mean().item(),
+            "forget": accuracy(model, sets.test.forget), "angle": gradient_angle(model, sets.forget, sets.retain),
         })  # fmt: skip
     late = [math.degrees(math.acos(max(-1.0, min(1.0, c)))) for c in cosines[len(cosines) // 2 :]]
     after = {k: v for k, v in evaluate(model, sets).items() if k != "per_class"}

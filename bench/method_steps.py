@@ -20,9 +20,9 @@ from torch import nn
 
 import entangle_fast as ef
 from entangle_fast import demo
+from entangle_fast.machine import machine_info
 from entangle_fast.methods.data import Data
 from entangle_fast.methods.process import sample_cross_entropy
-from entangle_fast.report import machine_info
 from entangle_fast.storage import save_json
 
 TOLERANCE = 1e-5

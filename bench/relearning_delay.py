@@ -21,8 +21,8 @@ from originals import original
 
 import entangle_fast as ef
 from entangle_fast import demo
+from entangle_fast.machine import machine_info
 from entangle_fast.metrics import relearn, sample_losses
-from entangle_fast.report import machine_info
 from entangle_fast.storage import save_json
 
 ASCENTS = list(itertools.product((1e-3, 2e-3, 5e-3), (0.06, 0.2, 0.4, 0.6, 0.8)))  # (lr, stop_at)
@@ -64,7 +64,7 @@ def main():
         for lr, stop_at in ASCENTS:
             model, row = unlearned(start, sets, ef.GradientAscent(lr=lr, stop_at=stop_at), seed)
             if abs(row["remote"] - found["influence"]["remote"]) <= 1:
-                near.append((sample_losses(model, *sets.train.forget).mean().item(), model, row | {"lr": lr, "stop_at": stop_at}))
+                near.append((sample_losses(model, sets.train.forget).mean().item(), model, row | {"lr": lr, "stop_at": stop_at}))
         near.sort(key=lambda n: -n[0])
         attacked = [row | delays(model, start, sets, options) for _, model, row in near[:2]]
         if attacked:

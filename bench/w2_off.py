@@ -15,7 +15,7 @@ from originals import original
 
 import entangle_fast as ef
 from entangle_fast import demo
-from entangle_fast.report import machine_info
+from entangle_fast.machine import machine_info
 from entangle_fast.storage import save_json
 
 SETS = ("forget", "adjacent", "remote")

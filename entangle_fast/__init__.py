@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 from . import methods, metrics, ops, optim, tasks, weights
 from .capture import CaptureError, Tape, capture, check_capture
 from .dispatch import BackendError, explain
-from .job import Result, unlearn
+from .job import unlearn
 from .methods import (
     Entangled,
     FineTune,
@@ -32,6 +32,7 @@ from .methods import (
     Woodbury,
 )
 from .methods.process import NonFinite
+from .result import Result
 from .warmup import warmup
 
 __all__ = [

@@ -115,15 +115,16 @@ def unlearn(
     debug: Debug = False,
 ) -> None:
     """Run the job that a TOML file describes."""
-    from entangle_fast.config import from_toml
+    from entangle_fast.config import RunConfig
+    from entangle_fast.config_reading import from_toml
 
     with _plainly(debug):
-        job = from_toml(config)
+        job = from_toml(config, RunConfig)
     job.run = dataclasses.replace(job.run, out=str(out or job.run.out), progress=job.run.progress and not no_progress)
     folder = Path(job.run.out)
     again = f"entangle-fast unlearn {config}{f' --out {out}' if out else ''} --resume"
     with _plainly(debug, folder, again):
-        from entangle_fast.job import unlearn_from_config
+        from entangle_fast.job_config import unlearn_from_config
 
         unlearn_from_config(job, resume=resume, overwrite=overwrite)
         _show(folder)
@@ -180,7 +181,7 @@ def _show(run: Path) -> None:
     if (run / "cells").is_dir():
         from entangle_fast.compare_report import rebuild
     else:
-        from entangle_fast.report import rebuild
+        from entangle_fast.report_table import rebuild
 
     rebuild(run, Console())
 

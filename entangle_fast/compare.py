@@ -22,8 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import config as configs
-from . import demo, job, storage
+from . import demo, job_config, storage
+from .config import TaskConfig
+from .config_reading import ConfigError, from_dict, from_toml, to_dict
 from .methods import METHODS
 from .progress import say, shown
 
@@ -52,20 +53,20 @@ class CompareOptions:
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs", "attack_seeds", "attack_steps"):
             if (value := getattr(self, name)) < 1:
-                raise configs.ConfigError(f"got {value}, needs at least one", key=(name,))
+                raise ConfigError(f"got {value}, needs at least one", key=(name,))
 
 
 @dataclass(kw_only=True)
 class CompareConfig:
     """A comparison. method: for each name, options other than the demo's (or, without those, the defaults)."""
 
-    task: configs.TaskConfig
+    task: TaskConfig
     compare: CompareOptions = field(default_factory=CompareOptions)
     method: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task.adjacency != "label":
-            raise configs.ConfigError(
+            raise ConfigError(
                 f'got {self.task.adjacency!r}, needs "label": with neighbours every seed would have sets of its own',
                 key=("task", "adjacency"),
             )
@@ -80,9 +81,9 @@ def read_config(path: str | os.PathLike | None = None, **given: Any) -> CompareC
     given = {key: value for key, value in given.items() if value is not None}
     task = {key: given.pop(key) for key in ("forget", "labels") if key in given}
     if path is None:
-        config = configs.from_dict(CompareConfig, {"task": {"forget": ["Sneaker"], **task}, "compare": given}, "compare")
+        config = from_dict(CompareConfig, {"task": {"forget": ["Sneaker"], **task}, "compare": given}, "compare")
     else:
-        config = configs.from_toml(path, CompareConfig)
+        config = from_toml(path, CompareConfig)
         config = CompareConfig(task=replace(config.task, **task), compare=replace(config.compare, **given), method=config.method)
     if config.compare.out == CompareOptions.out:
         config.compare.out += "-" + "-".join(config.task.forget).lower().replace("/", "-")
@@ -108,11 +109,11 @@ def chosen(config: CompareConfig) -> dict[str, Any]:
     for name in names:
         base = {}
         if name in METHODS:
-            base = configs.to_dict(tuned[name] if name in tuned else METHODS[name]())
+            base = to_dict(tuned[name] if name in tuned else METHODS[name]())
             if quick and name not in tuned:
                 base |= {k: _fifth(v) for k, v in base.items() if "epochs" in k and isinstance(v, (int, float))}
         options = {"name": name, **base, **config.method.get(name, {})}
-        methods[name] = configs.from_dict(_Chosen, {"method": options}, where=name).method
+        methods[name] = from_dict(_Chosen, {"method": options}, where=name).method
     return methods
 
 
@@ -120,11 +121,11 @@ def _fifth(epochs: int | float) -> int | float:
     return max(1, round(epochs / 5)) if isinstance(epochs, int) else epochs / 5
 
 
-def load_task(config: configs.TaskConfig):
+def load_task(config: TaskConfig):
     """The data: without a path the package's slice of Fashion-MNIST, as in the demo, so that machines compare."""
     if config.dataset == "fashion_mnist" and config.path is None:
         return demo.fashion_mnist(forget=config.forget, labels=config.labels, full=False)
-    return job.load_task(config)
+    return job_config.load_task(config)
 
 
 class Task(NamedTuple):
@@ -183,23 +184,23 @@ def _settle(folder: Path, config: CompareConfig, methods: dict[str, Any]) -> dic
     """What config.toml shall say: these settings joined with those of the folder. Raises CheckpointError."""
     path = folder / CONFIG
     new = {
-        "task": configs.to_dict(config.task),
+        "task": to_dict(config.task),
         "compare": {"methods": list(methods), "seeds": config.compare.seeds, **{key: getattr(config.compare, key) for key in SAME}},
-        "method": {name: configs.to_dict(method) for name, method in methods.items()},
+        "method": {name: to_dict(method) for name, method in methods.items()},
     }
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise storage.CheckpointError(f"{folder}: holds files but no comparison; give another --out, or empty it")
         return new
     try:
-        old = configs.from_toml(path, CompareConfig)
+        old = from_toml(path, CompareConfig)
         before = chosen(old)
-    except configs.ConfigError as error:
+    except ConfigError as error:
         raise storage.CheckpointError(f"{folder}: is no folder of a comparison ({error}); give another --out") from error
-    pairs = [("task", configs.to_dict(old.task), new["task"])]
+    pairs = [("task", to_dict(old.task), new["task"])]
     pairs += [(key, getattr(old.compare, key), getattr(config.compare, key)) for key in SAME]
     kept = {n for n in before if any(Task(n, seed).done(folder) for seed in range(old.compare.seeds))}
-    pairs += [(f"method.{name}", configs.to_dict(before[name]), new["method"][name]) for name in methods if name in kept]
+    pairs += [(f"method.{name}", to_dict(before[name]), new["method"][name]) for name in methods if name in kept]
     for key, theirs, ours in pairs:
         if theirs != ours:
             if isinstance(theirs, dict):
@@ -208,7 +209,7 @@ def _settle(folder: Path, config: CompareConfig, methods: dict[str, Any]) -> dic
                 f"{folder}: holds a comparison with {key} {theirs!r}, this one has {ours!r}; give the same, or another --out"
             )
     new["compare"]["seeds"] = max(config.compare.seeds, old.compare.seeds)
-    new["method"] = {n: configs.to_dict(m) for n, m in before.items() if n in kept and n not in methods} | new["method"]
+    new["method"] = {n: to_dict(m) for n, m in before.items() if n in kept and n not in methods} | new["method"]
     new["compare"]["methods"] = list(new["method"])
     return new
 

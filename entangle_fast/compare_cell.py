@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from . import compare, demo, storage
-from .config import from_toml
-from .job import task_facts, unlearn
+from .config_reading import from_toml
+from .job import unlearn
+from .job_run import task_facts
+from .machine import machine_info
 from .metrics.angle import gradient_angle
 from .metrics.privacy import membership
 from .metrics.relearning import relearn
 from .metrics.utility import utility
-from .report import machine_info
 
 ATTACKERS = ("sgd", "adam")
 

@@ -19,8 +19,10 @@ from rich.text import Text
 
 from . import demo, storage
 from .compare import CELLS, CONFIG, ORIGINAL, RETRAIN, SAME, CompareConfig
-from .config import from_toml
-from .report import REFERENCES, REPORT, SETS, _known, _loss_style, _mean, _new_table, _print, _std, aggregate, machine_info
+from .config_reading import from_toml
+from .machine import machine_info
+from .report import REFERENCES, REPORT, SETS, aggregate, mean_of, numbers, std_of
+from .report_table import loss_style, new_table, print_table
 
 KIND = "compare"
 GOALS = {
@@ -105,7 +107,7 @@ def _curves(cells: list[dict], names: list[str], key: str) -> dict:
     for name in names:
         if runs := [c[key] for c in cells if c["method"] == name and key in c]:
             curves = [run["curve"]["median"] for run in runs]
-            found[name] = {"steps": runs[0]["curve"]["steps"], "loss": [_mean(values) for values in zip(*curves)]}
+            found[name] = {"steps": runs[0]["curve"]["steps"], "loss": [mean_of(values) for values in zip(*curves)]}
     return found
 
 
@@ -114,7 +116,7 @@ def _membership(cells: list[dict], names: list[str]) -> dict:
     found = {}
     for name in names:
         runs = [c["membership"]["auc"] for c in cells if c["method"] == name]
-        found |= {name: {attack: _mean(run.get(attack) for run in runs) for attack in runs[0]}} if runs else {}
+        found |= {name: {attack: mean_of(run.get(attack) for run in runs) for attack in runs[0]}} if runs else {}
     return found
 
 
@@ -128,9 +130,9 @@ def entry(rows: list[dict]) -> dict[str, Any]:
         if column.key == "peak_mb":
             continue
         values = [row.get(column.key) for row in rows]
-        found[column.key], found["std"][column.key] = _mean(values), _std(values)
+        found[column.key], found["std"][column.key] = mean_of(values), std_of(values)
         if beyond := [v for v in values if isinstance(v, str)]:
-            middle = statistics.median_low([*_known(values), *(float("inf") for _ in beyond)])
+            middle = statistics.median_low([*numbers(values), *(float("inf") for _ in beyond)])
             found[column.key] = beyond[0] if middle == float("inf") else middle
             found["std"][column.key] = None
     return found
@@ -174,10 +176,10 @@ def table(report: Mapping[str, Any], console: Console, folder: str | os.PathLike
     whole = _table(report, COLUMNS, title, ascii_only)
     wide = whole.__rich_measure__(console, console.options.update(width=10_000)).maximum
     if plain or wide <= console.width:
-        _print(console, whole, plain)
+        print_table(console, whole, plain)
     else:
-        _print(console, _table(report, COLUMNS[:SPLIT], title, ascii_only), plain)
-        _print(console, _table(report, COLUMNS[SPLIT:], "Attacks, angle and cost", ascii_only), plain)
+        print_table(console, _table(report, COLUMNS[:SPLIT], title, ascii_only), plain)
+        print_table(console, _table(report, COLUMNS[SPLIT:], "Attacks, angle and cost", ascii_only), plain)
 
     def say(line: str, style: str = "dim") -> None:
         console.print(Text(_ascii(line) if ascii_only else line, style=style), soft_wrap=True)
@@ -196,7 +198,7 @@ def table(report: Mapping[str, Any], console: Console, folder: str | os.PathLike
 def _table(report: Mapping[str, Any], columns: Iterable[Column], title: str, ascii_only: bool) -> Table:
     columns, methods = list(columns), report["methods"]
     arrows = {"low": " (low)", "high": " (high)", "": ""} if ascii_only else {"low": " ↓", "high": " ↑", "": ""}
-    made = _new_table(title)
+    made = new_table(title)
     made.add_column("method", no_wrap=True)
     for column in columns:
         heading = column.heading + arrows[column.better]
@@ -212,7 +214,7 @@ def _table(report: Mapping[str, Any], columns: Iterable[Column], title: str, asc
             value, rest = summary(methods[name], column)
             cell = Text(value, style="dim" if value == "-" else "")
             if column.key in SETS[1:]:
-                cell.stylize(_loss_style(methods[name].get(column.key), original.get(column.key)))
+                cell.stylize(loss_style(methods[name].get(column.key), original.get(column.key)))
             cells.append(cell.append(f" {_ascii(rest) if ascii_only else rest}" if rest else "", style="dim"))
         following = names[i + 1] if i + 1 < len(names) else name
         made.add_row(Text(name.replace("_", " ")), *cells, style="dim" if name in REFERENCES else "bold" if name == "entangled" else "",
@@ -252,8 +254,8 @@ def _ascii(text: str) -> str:
 
 def write(folder: str | os.PathLike) -> dict[str, Any]:
     """Join the cells of a folder into report.json, draw the figures, write index.html; the report."""
-    from .figures import draw_all
-    from .figures_compare import drawings
+    from .figures.compare import drawings
+    from .figures.style import draw_all
     from .page import write_page
 
     folder = Path(folder)

@@ -16,6 +16,7 @@ import torch
 
 from . import report, storage
 from .job import unlearn
+from .machine import machine_info
 from .methods import Entangled, FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain
 from .methods.training import fit
 from .metrics import evaluate
@@ -51,7 +52,7 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
     """Run the demo and write report.json, history.csv, losses.safetensors, config.toml and model.safetensors to ``out``.
 
     forget: a class name.  seeds: how many models are trained and unlearned.  quick: a fifth of the passes, to look around.
-    Returns the report. Figures and the printed table are made from the folder by report.rebuild.
+    Returns the report. Figures and the printed table are made from the folder by report_table.rebuild.
     """
     out = Path(out)
     if seeds < 1:
@@ -77,7 +78,7 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
         found = {
             "methods": {name: report.aggregate(r) for name, r in rows.items()},
             "task": {**described, "dataset": "fashion_mnist", "labels": "super", "source": task.source, "goal": GOAL},
-            "facts": facts, **report.machine_info(), "figures": [],
+            "facts": facts, **machine_info(), "figures": [],
         }  # fmt: skip
         # after each seed: ctrl-C keeps the seeds that are done
         storage.save_tensors(out / report.LOSSES, losses)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from entangle_fast.report import machine_info, package_version
+from entangle_fast.machine import machine_info, package_version
 
 THP = "THP_MEM_ALLOC_ENABLE"  # torch reads it once, at its first large allocation
 GPU_BACKENDS = ("triton", "cuda")

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import __version__
 from .compare_report import COLUMNS, failures, notes, rows_of, summary
-from .figures_compare import front, svgs, variables
+from .figures.compare import front, svgs, variables
 from .report import REFERENCES, SETS, shown_classes
 from .storage import atomic_write
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from entangle_fast import cli
-from entangle_fast.config import ConfigError
+from entangle_fast.config_reading import ConfigError
 from entangle_fast.methods import METHODS
 from entangle_fast.report import REPORT, aggregate
 from entangle_fast.storage import CheckpointError, save_json
@@ -27,7 +27,7 @@ name = "entangled"
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """A config file, and stand-ins for the methods and for the job: job.run is what runs."""
+    """A config file, and stand-ins for the methods and for the job: job_config is what runs."""
 
     @dataclasses.dataclass
     class Method:
@@ -40,7 +40,7 @@ def job(tmp_path, monkeypatch):
         calls.append((config, resume, overwrite))
         got.work(Path(config.run.out))
 
-    monkeypatch.setitem(sys.modules, "entangle_fast.job", SimpleNamespace(unlearn_from_config=unlearn_from_config))
+    monkeypatch.setitem(sys.modules, "entangle_fast.job_config", SimpleNamespace(unlearn_from_config=unlearn_from_config))
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "job.toml"
     path.write_text(JOB)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from entangle_fast import compare, compare_cell, compare_report, demo, figures_compare, methods, page, storage
-from entangle_fast.config import ConfigError
+from entangle_fast import compare, compare_cell, compare_report, demo, methods, page, storage
+from entangle_fast.config_reading import ConfigError
+from entangle_fast.figures import compare as figures_compare
 
 Task = compare.Task
 NO_ORIGINAL = "the original model could not be trained"

@@ -6,16 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from entangle_fast.config import (
-    ConfigError,
-    ModelConfig,
-    RunConfig,
-    RunOptions,
-    TaskConfig,
-    from_dict,
-    from_toml,
-    to_dict,
-)
+from entangle_fast.config import ModelConfig, RunConfig, RunOptions, TaskConfig
+from entangle_fast.config_reading import ConfigError, from_dict, from_toml, to_dict
 from entangle_fast.storage import save_toml
 
 
@@ -143,13 +135,13 @@ out = "runs/x"
 def test_run_config(methods, tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(GOOD)
-    config = from_toml(path)
+    config = from_toml(path, RunConfig)
     assert isinstance(config, RunConfig) and config.method == Outer("x", 0.7, inner=Inner(3.0))
     assert config.task == TaskConfig(forget=["Sneaker"]) and config.run == RunOptions(out="runs/x")
     assert config.model.kwargs == {"width": 3}
     config.method.k = None
     assert to_dict(config)["method"]["name"] == "entangled"
-    again = from_toml(save_toml(tmp_path / "saved.toml", to_dict(config)))
+    again = from_toml(save_toml(tmp_path / "saved.toml", to_dict(config)), RunConfig)
     assert again == config
 
 
@@ -178,7 +170,7 @@ def test_run_config_errors(methods, tmp_path, old, new, message):
     path = tmp_path / "job.toml"
     path.write_text(GOOD.replace(old, new, 1))
     with pytest.raises(ConfigError, match=message):
-        from_toml(path)
+        from_toml(path, RunConfig)
 
 
 def test_hostile_files(tmp_path):
@@ -186,9 +178,9 @@ def test_hostile_files(tmp_path):
     for content in (b"\xff\xfe", b"a = " + b"[" * 50_000, b"a" * 1000):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="x.toml"):
-            from_toml(path)
+            from_toml(path, RunConfig)
     with pytest.raises(FileNotFoundError, match="none.toml"):
-        from_toml(tmp_path / "none.toml")
+        from_toml(tmp_path / "none.toml", RunConfig)
 
 
 def test_method_without_a_name_in_the_table(methods):

@@ -11,7 +11,9 @@ import pytest
 import typer
 
 import entangle_fast as ef
-from entangle_fast import cli, config
+from entangle_fast import cli
+from entangle_fast.config import RunConfig
+from entangle_fast.config_reading import from_toml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,7 +41,7 @@ def test_readme_toml(tmp_path):
     for line, text in blocks("toml"):
         path = tmp_path / f"{line}.toml"
         path.write_text(text)
-        config.from_toml(path)
+        from_toml(path, RunConfig)
 
 
 def test_readme_console():

@@ -81,11 +81,11 @@ CASES = {
     "weights.project_onto": case(also={"S": S, "v": V}, gram=K, cross=C),
     "weights.solve": case(gram=K, rhs=C, ridge=0.5),
     "weights.w2": case(second, values=LOSSES, reference=REFERENCE),
-    "tasks.embed": case(model=torch.nn.Sequential(MODEL, torch.nn.Tanh(), torch.nn.Linear(3, 2).double()), x=X),
-    "metrics.accuracy": case(model=MODEL, x=X, y=Y),
+    "tasks.embed": case(model=torch.nn.Sequential(MODEL, torch.nn.Tanh(), torch.nn.Linear(3, 2).double()), data=X),
+    "metrics.accuracy": case(model=MODEL, data=(X, Y)),
     "metrics.gradient_angle": case(model=MODEL, forget=(X[:3], Y[:3]), retain=(X[3:], Y[3:])),
-    "metrics.predict": case(model=MODEL, x=X),
-    "metrics.sample_losses": case(model=MODEL, x=X, y=Y),
+    "metrics.predict": case(model=MODEL, data=X),
+    "metrics.sample_losses": case(model=MODEL, data=(X, Y)),
 }  # fmt: skip
 
 

@@ -70,10 +70,10 @@ CALLS = {
     "ProjectedAdamW": (optim.ProjectedAdamW, lambda: dict(params=p()), "params"),
     "adamw.step": (optim.ProjectedAdamW(p()).step, lambda: dict(grads=p(), directions=[p()], coef=r(1)), "grads directions coef"),
     "decay_noise_step": (optim.decay_noise_step, lambda: dict(params=p(), grads=p(), lr=0.1), "params grads"),
-    "predict": (metrics.predict, lambda: dict(model=model, x=r(N, 5)), "x"),
-    "accuracy": (metrics.accuracy, lambda: dict(model=model, x=r(N, 5), y=y), "x y"),
+    "predict": (metrics.predict, lambda: dict(model=model, data=r(N, 5)), "data"),
+    "accuracy": (metrics.accuracy, lambda: dict(model=model, data=(r(N, 5), y)), "data"),
     "gradient_angle": (metrics.gradient_angle, lambda: dict(model=model, forget=(r(N, 5), y), retain=(r(N, 5), y)), "forget retain"),
-    "sample_losses": (metrics.sample_losses, lambda: dict(model=model, x=r(N, 5), y=y), "x y"),
+    "sample_losses": (metrics.sample_losses, lambda: dict(model=model, data=(r(N, 5), y)), "data"),
     "loss_distribution": (metrics.loss_distribution, lambda: dict(losses=r(N)), "losses"),
     "membership": (metrics.membership, lambda: dict(model=model, members=(r(N, 5), y), nonmembers=(r(N, 5), y), attacks=("loss",)),
                    "members nonmembers"),
@@ -82,7 +82,8 @@ CALLS = {
     "by_label": (tasks.by_label, lambda: dict(fine=y, forget=[0], superclass_of=torch.zeros(C, dtype=torch.int64)), "fine superclass_of"),
     "by_knn": (tasks.by_knn, lambda: dict(embed_forget=r(N, 2), embed_retain=r(N, 2), k=2), "embed_forget embed_retain"),
     "agreement": (tasks.agreement, lambda: dict(indices=torch.arange(2), adjacent=torch.ones(3, dtype=torch.bool)), "indices adjacent"),
-    "embed": (tasks.embed, lambda: dict(model=model, x=r(N, 5)), "x"),
+    "embed": (tasks.embed, lambda: dict(model=model, data=r(N, 5)), "data"),
+    "split_by_knn": (tasks.split_by_knn, lambda: dict(model=model, forget=(r(N, 5), y), retain=(r(N, 5), y)), "forget retain"),
     "ImageClasses": (tasks.ImageClasses, lambda: dict(train_x=pixels, train_y=y, test_x=pixels, test_y=y, class_names=list("abc"),
                                                       forget="a", labels="fine"), "train_x train_y test_x test_y"),
 }  # fmt: skip
@@ -149,7 +150,7 @@ def test_odd_tensors_are_served_or_named(name, argument, wrong):
     try:
         call(**{**arguments(), argument: TENSORS[wrong]})
     except RuntimeError as error:  # of the model, which does not take such samples
-        assert argument == "x" and "mat1" in str(error)
+        assert argument == "data" and "mat1" in str(error)
     except (TypeError, ValueError, FloatingPointError) as error:
         assert any(a in str(error).split(":")[0] for a in arguments()) or isinstance(error, FloatingPointError), str(error)
 

@@ -9,7 +9,9 @@ from rich.console import Console
 
 from entangle_fast import report as R
 from entangle_fast.facts import MEANINGS, meaning
-from entangle_fast.figures import write_figures
+from entangle_fast.figures.run import write_figures
+from entangle_fast.machine import machine_info
+from entangle_fast.report_table import flat_facts, rebuild, table
 from entangle_fast.storage import CheckpointError, save_json, save_tensors
 
 CLASSES = {
@@ -109,7 +111,7 @@ def run(tmp_path_factory):
 
 def render(report, **options):
     console = Console(record=True, file=open("/dev/null", "w"), **options)
-    R.table(report, console, "runs/x")
+    table(report, console, "runs/x")
     return console.export_text()
 
 
@@ -193,7 +195,7 @@ def test_plain_table_is_whole_and_without_boxes(run, options):
 
 def test_table_marks_losses_in_red(run):
     console = Console(width=120, force_terminal=True, color_system="standard", file=open("/dev/null", "w"), record=True)
-    R.table(R.read_report(run), console)
+    table(R.read_report(run), console)
     styled = console.export_text(styles=True)
     row = next(line for line in styled.splitlines() if "gradient ascent" in line)
     assert "\x1b[31m" in row and "\x1b[31m" not in next(line for line in styled.splitlines() if "entangled" in line)
@@ -238,7 +240,7 @@ def test_rebuild_notes_the_figures_and_drops_stale_ones(tmp_path):
     save_json(tmp_path / R.REPORT, {"methods": {"mine": R.aggregate([{"seed": 0, "forget": 1.0, "adjacent": 2.0}])}})
     (tmp_path / "angle.png").write_bytes(b"old")
     console = Console(record=True, file=open("/dev/null", "w"), width=100)
-    R.rebuild(tmp_path, console)
+    rebuild(tmp_path, console)
     assert json.loads((tmp_path / R.REPORT).read_text())["figures"] == ["frontier.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["frontier.png", R.REPORT]
     assert str(tmp_path / "frontier.png") in console.export_text()
@@ -287,13 +289,13 @@ def test_every_fact_of_a_run_has_a_line():
     import entangle_fast as ef
 
     method = ef.Entangled(remote_batch1=16, forget_batch1=8, adjacent_batch2=8, forget_batch2=8, remote_batch2=12, epochs1=0.4, epochs2=0.7)
-    keys = [key for key, _ in R._flat(ef.unlearn(trained(steps=5), **sets(), method=method, progress=False).facts)]
+    keys = [key for key, _ in flat_facts(ef.unlearn(trained(steps=5), **sets(), method=method, progress=False).facts)]
     assert len(keys) > 15 and all(meaning(key) for key in keys)
     assert all(any(key.startswith(start) for key in (*keys, "first_order why", "protected x")) for start in MEANINGS)
 
 
 def test_machine_info():
-    info = R.machine_info()
+    info = machine_info()
     assert set(info) == {"machine", "versions", "commit"}
     assert info["machine"]["cores"] >= 1 and info["machine"]["cpu"] and info["versions"]["torch"] == torch.__version__
     json.dumps(info)

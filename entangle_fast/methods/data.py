@@ -1,38 +1,41 @@
-"""The three sets a method works on, as batches whose order is a pure function of the seed."""
+"""The three sets a method works on, as batches whose order is a pure function of the seed; how any set of samples is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from .training import batch_order
+from .training import batch_order, in_mode
 
 NAMES = ("forget", "adjacent", "remote")
+Samples = tuple[Tensor, Tensor] | Dataset  # (x, y), or a map-style Dataset of such pairs: what functions that need samples take
 
 
 class SampleSet:
     """One set of samples: tensors (x, y) held in memory, or a map-style dataset read sample by sample.
 
     Args:
-        name: for messages.  data: (x, y) tensors, a torch Dataset of (x, y) pairs, or a DataLoader of one.
+        name: for messages.  data: (x, y) tensors, a torch Dataset of (x, y) pairs, a DataLoader of one, or a SampleSet, whose name stays.
         device: where batches are put.  seed: fixes the order of the batches.
         augment: (x, generator) → x, applied to training batches only; its draws are a function of seed and batch.
     """
 
-    def __init__(self, name: str, data, device, seed: int, augment=None):
+    def __init__(self, name: str, data, device, seed: int = 0, augment=None):
+        if isinstance(data, SampleSet):
+            name, data = data.name, data.tensors or data.dataset
         self.name, self.device, self.seed, self.augment = name, torch.device(device), seed, augment
         if isinstance(data, DataLoader):
             data = data.dataset
-        if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-            raise ValueError(f"{name}: got {type(data).__name__}; needs (x, y) tensors or a map-style Dataset with a length")
         self.tensors, self.dataset = None, None
+        if isinstance(data, IterableDataset) or (isinstance(data, Dataset) and not hasattr(data, "__len__")):
+            raise ValueError(f"{name}: got {type(data).__name__}; needs (x, y) tensors or a map-style Dataset with a length")
         if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
             x, y = data
             if not (x.dim() and y.dim()):
@@ -43,10 +46,7 @@ class SampleSet:
         elif isinstance(data, Dataset):
             self.dataset = data
         else:
-            got = type(data).__name__
-            if isinstance(data, (tuple, list)) and len(data) == 2:
-                got += f" of {' and '.join(type(part).__name__ for part in data)}"
-            raise ValueError(f"{name}: got {got}; needs (x, y) tensors or a map-style Dataset")
+            raise ValueError(f"{name}: got {_kind(data)}; needs (x, y) tensors or a map-style Dataset{_mend(data)}")
         if len(self) == 0:
             raise ValueError(f"{name}: got no samples; needs at least one")
 
@@ -55,19 +55,23 @@ class SampleSet:
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Samples at ``rows`` (int64), on the device."""
-        if self.tensors:
-            x, y = (t[rows.to(t.device)] for t in self.tensors)
-        else:
-            found = default_collate([self.dataset[i] for i in rows.tolist()])
-            if not (isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
-                kinds = f" of {', '.join(type(t).__name__ for t in found)}" if isinstance(found, (tuple, list)) else ""
-                raise ValueError(f"{self.name}: its batches are a {type(found).__name__}{kinds}; needs samples that are pairs (x, y)")
-            x, y = found
+        x, y = self.part(rows) if self.tensors else self._read(rows)
         return x.to(self.device), y.to(self.device)
 
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """All samples at once, tensors on the device where they lie."""
-        return self.tensors or self.take(torch.arange(len(self)))
+    def part(self, rows: Tensor) -> Samples:
+        """Samples at ``rows`` (int64) as data of their own: tensors where they lie, or a Subset, which reads none."""
+        return tuple(t[rows.to(t.device)] for t in self.tensors) if self.tensors else Subset(self.dataset, rows.tolist())
+
+    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        found = default_collate([self.dataset[i] for i in rows.tolist()])
+        if not (isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
+            kinds = f" of {', '.join(type(t).__name__ for t in found)}" if isinstance(found, (tuple, list)) else ""
+            raise ValueError(f"{self.name}: its batches are a {type(found).__name__}{kinds}; needs samples that are pairs (x, y)")
+        return found
+
+    def labels(self) -> Tensor:
+        """Labels of all samples in their own order, on the device; a Dataset is read through for them, in batches."""
+        return self.tensors[1].to(self.device) if self.tensors else torch.cat([y for _, _, y in self.chunks()])
 
     @cached_property
     def digest(self) -> str:
@@ -113,10 +117,26 @@ class SampleSet:
             self._cached = (epoch, batch_order(len(self), self.seed + NAMES.index(self.name), epoch))
         return self._cached[1]
 
-    def chunks(self, size: int = 1024):
-        """All samples in their own order: (rows, x, y)."""
-        for rows in torch.arange(len(self)).split(size):
+    def chunks(self, batch_size: int = 1024) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All samples in their own order, batch by batch, on the device: (rows, x, y). Raises ValueError for a batch_size < 1."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}; needs a whole number >= 1")
+        for rows in torch.arange(len(self)).split(batch_size):
             yield rows, *self.take(rows)
+
+
+def unlabelled(name: str, data: Tensor | Samples, device) -> SampleSet:
+    """The set of one who reads no labels: x (n, ...) alone serves too."""
+    return SampleSet(name, (data, torch.zeros(data.shape[:1])) if isinstance(data, Tensor) else data, device)
+
+
+def answers(model: nn.Module, samples: SampleSet, take: Callable[[object, Tensor], Tensor], batch_size: int) -> Tensor:
+    """take(model(x), y), (b, ...), of each batch of a set, joined on the CPU: how metrics and embeddings read data, tensors or Datasets.
+
+    The model runs in eval mode without gradients and is left as found, also after an error.
+    """
+    with in_mode(model, False), torch.no_grad():
+        return torch.cat([take(model(x), y).cpu() for _, x, y in samples.chunks(batch_size)])
 
 
 @dataclass
@@ -211,3 +231,16 @@ def _rows_of(dataset: Dataset) -> tuple[Dataset, Sequence[int]]:
         return dataset, range(len(dataset))
     base, rows = _rows_of(dataset.dataset)
     return base, [rows[int(i)] for i in dataset.indices]
+
+
+def _kind(data) -> str:
+    """Its type, of two parts theirs too."""
+    got = type(data).__name__
+    return f"{got} of {' and '.join(type(part).__name__ for part in data)}" if isinstance(data, (tuple, list)) and len(data) == 2 else got
+
+
+def _mend(data) -> str:
+    if isinstance(data, Tensor):
+        return ": give its labels too, as a pair"
+    arrays = [hasattr(part, "__array__") and not isinstance(part, Tensor) for part in (data if isinstance(data, (tuple, list)) else [data])]
+    return ": torch.from_numpy(...)" if any(arrays) else ""

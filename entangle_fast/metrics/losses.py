@@ -5,29 +5,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.training import device_of, in_mode
+from ..methods.data import Samples, SampleSet, answers
+from ..methods.training import device_of
 from ..ops import check
+from .outputs import check_labels, check_logits
 
 
 @check.kinds
-def sample_losses(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1024) -> Tensor:
-    """Cross-entropy of each sample: (n,), at least float32, on the CPU. x (n, ...), y (n,) int64.
+def sample_losses(model: nn.Module, data: Samples, batch_size: int = 1024) -> Tensor:
+    """Cross-entropy of each sample, in nats: (n,), at least float32, on the CPU.
 
-    Equivalent to: ``F.cross_entropy(model(x), y, reduction="none")``
+    data  (x, y) tensors, x (n, ...), y (n,) int64, or a map-style Dataset of such pairs, read in batches.
 
-    The model runs in eval mode without gradients and is left as found.
-    Raises ValueError when x is empty or y does not match it.
+    Equivalent to: ``F.cross_entropy(model(data[0]), data[1], reduction="none")``
+
+    The model runs in eval mode without gradients and is left as found. Raises ValueError for data that is empty or cannot be
+    read, a model whose output is not (n, C), C >= 2, and labels that are none of its classes.
     """
-    check.samples("x", x)
-    if y.shape != (len(x),) or y.dtype != torch.int64:
-        raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)} for {len(x)} samples; needs int64 labels ({len(x)},)")
-    device, losses = device_of(model), []
-    with in_mode(model, False), torch.no_grad():
-        for xs, ys in zip(x.split(batch_size), y.split(batch_size)):
-            logits = model(xs.to(device))
-            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-            losses.append(F.cross_entropy(logits, ys.to(device), reduction="none").cpu())
-    return torch.cat(losses)
+    samples = SampleSet("data", data, device_of(model))
+
+    def take(out, y):
+        check_logits(out, len(y))
+        check_labels(out, y, samples.name)
+        return F.cross_entropy(out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, y, reduction="none")
+
+    return answers(model, samples, take, batch_size)
 
 
 @check.kinds

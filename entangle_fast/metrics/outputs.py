@@ -1,38 +1,69 @@
 """What a model answers: logits, and what attacks and calibration are made of."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor, nn
 
-from ..methods.training import device_of, in_mode
-from ..ops import check
+from ..methods.data import Samples, SampleSet, answers
+from ..methods.training import device_of
 
 
-def logits(model, x, y=None, batch_size=1024):
-    """Class logits (n, C) float64, on the CPU, of x (n, ...). The model runs in eval mode and is left as found.
+def logits(
+    model: nn.Module, data: Samples, batch_size: int = 1024, name: str = "data", labelled: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Class logits (n, C) float64 and labels (n,) int64 of a set, on the CPU. The model runs in eval mode and is left as found.
 
-    y (n,) int64, where given, is checked against them. Raises ValueError when x is empty, the output is not (n, C), C >= 2,
-    or y does not fit; FloatingPointError when logits are not finite.
+    name: of the argument, for errors.  labelled: whether labels must be classes of this model. Raises ValueError for data that
+    cannot be read, an output that is not (n, C), C >= 2, or labels that do not fit it; FloatingPointError when logits are not
+    finite.
     """
-    check.samples("x", x)
-    device, found = device_of(model), []
-    with in_mode(model, False), torch.no_grad():
-        for batch in x.split(batch_size):
-            found.append(model(batch.to(device)).double().cpu())
-    out = torch.cat(found)
-    if out.dim() != 2 or len(out) != len(x) or out.shape[1] < 2:
-        raise ValueError(f"model: gave {tuple(out.shape)} for {len(x)} samples; needs class logits (n, C), C >= 2")
-    if not torch.isfinite(out).all():
-        raise FloatingPointError("the model's logits are not finite; look for NaN in its weights and in x: a run that "
-                                 "diverged needs a smaller lr")
-    if y is not None:
-        check_labels(out, y)
-    return out
+    samples, labels = SampleSet(name, data, device_of(model)), []
+
+    def take(out, y):
+        check_logits(out, len(y))
+        if labelled:
+            check_labels(out, y, samples.name)
+        check_numbers(samples.name, torch.isfinite(out), "not finite")
+        labels.append(y.cpu())
+        return out.cpu().double()
+
+    return answers(model, samples, take, batch_size), torch.cat(labels)
 
 
-def check_labels(out, y):
-    """Raise ValueError unless y (n,) int64 are classes of logits `out` (..., n, C)."""
-    if y.shape != (out.shape[-2],) or y.dtype != torch.int64:
-        raise ValueError(f"y: got {y.dtype} of shape {tuple(y.shape)} for {out.shape[-2]} samples; needs int64 ({out.shape[-2]},)")
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < out.shape[-1]:
-        raise ValueError(f"y: got labels from {int(y.min())} to {int(y.max())}, needs 0 to {out.shape[-1] - 1}")
+def by_name(sets) -> Mapping[str, Samples]:
+    """The test samples of a `tasks.Sets` by name; a mapping of names to data as it is. Raises TypeError for anything else."""
+    if hasattr(sets, "test_fine"):
+        return sets.test._asdict()
+    if not isinstance(sets, Mapping):
+        raise TypeError(f"sets: got {type(sets).__name__}; needs a tasks.Sets (split a task), or a mapping of names to (x, y) or Datasets")
+    return sets
+
+
+def check_logits(out, n: int) -> None:
+    """Raise ValueError unless ``out`` are class logits (n, C), C >= 2."""
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != n or out.shape[1] < 2:
+        got = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(f"model: gave {got} for {n} samples; needs class logits (n, C), C >= 2: wrap it in a module that returns them")
+
+
+def check_labels(out: Tensor, y: Tensor, name: str = "y") -> None:
+    """Raise ValueError unless y (n,) int64 are classes of logits ``out`` (..., n, C)."""
+    n, classes = out.shape[-2:]
+    if y.shape != (n,) or y.dtype != torch.int64:
+        raise ValueError(f"{name}: got {y.dtype} labels of shape {tuple(y.shape)} for {n} samples; needs int64 ({n},): .long(), or "
+                         ".argmax(1) of one-hot ones")
+    if n and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f"{name}: got labels from {int(y.min())} to {int(y.max())}, needs 0 to {classes - 1}: the classes that the "
+                         "model predicts")
+
+
+def check_numbers(name: str, good: Tensor, else_they_are: str) -> None:
+    """Raise FloatingPointError unless all of ``good`` is true, said of the logits of a set."""
+    if not good.all():
+        raise FloatingPointError(f"{name}: the model's logits are {else_they_are}; look for NaN in its weights and in the samples: a run "
+                                 "that diverged needs a smaller lr")
 
 
 def logit_confidence(out, y):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..methods.data import Samples
 from ..ops import check
 from .outputs import logit_confidence, logits
 
@@ -48,22 +49,22 @@ class Membership:
 
 @check.kinds
 def membership(
-    model: nn.Module, members: tuple[Tensor, Tensor], nonmembers: tuple[Tensor, Tensor], *, attacks=("loss", "entropy", "classifier"),
-    population: tuple[Tensor, Tensor] | None = None, shadows: tuple[Tensor, Tensor] | None = None, seed: int = 0,
+    model: nn.Module, members: Samples, nonmembers: Samples, *, attacks=("loss", "entropy", "classifier"),
+    population: Samples | None = None, shadows: tuple[Tensor, Tensor] | None = None, seed: int = 0,
     tolerance: float = 0.05, batch_size: int = 1024,
 ) -> Membership:  # fmt: skip
     """Attack a model's membership. For unlearning: members = forget training samples, nonmembers = test samples of the
     forgotten classes.
 
     Args:
-        members, nonmembers: (x, y), x (n, ...), y (n,) int64.
+        members, nonmembers: (x, y) tensors, x (n, ...), y (n,) int64, or map-style Datasets of such pairs, read in batches.
         attacks: any of
             "loss": −cross-entropy (Yeom et al., CSF 2018).
             "entropy": −entropy of the prediction.  "modified_entropy": see `modified_entropy`.
             "classifier": logistic regression on confidences, cross-validated (`classifier_scores`; needs scikit-learn).
             "population": the loss against that of other nonmembers, needs ``population`` (`population_scores`).
             "ulira": per-sample Gaussians of shadow models, needs ``shadows`` (`ulira_scores`).
-        population: (x, y) of further nonmembers.
+        population: further nonmembers, given likewise.
         shadows: (confidence, was_in), each (k, members + nonmembers), samples in that order: `logit_confidence` of k shadow
             models, and whether the sample had been trained on and then unlearned in that one.
         seed: of the folds.  tolerance: how far from 0.5 an AUC may be; three standard errors of chance are allowed in any case.
@@ -87,9 +88,9 @@ def membership(
             raise ValueError(f"{name}: missing; the attack {attack!r} needs it")
     if "classifier" in attacks:
         _sklearn()  # before the work, not after it
-    y = torch.cat([members[1].cpu(), nonmembers[1].cpu()])
-    out = torch.cat([logits(model, *s, batch_size) for s in (members, nonmembers)])
-    n, m = len(members[1]), len(nonmembers[1])
+    found = [logits(model, given, batch_size, name) for name, given in (("members", members), ("nonmembers", nonmembers))]
+    out, y = (torch.cat(both) for both in zip(*found))
+    n, m = (len(labels) for _, labels in found)
     is_member = torch.arange(n + m) < n
     scores = {}
     for attack in attacks:
@@ -102,8 +103,8 @@ def membership(
         elif attack == "classifier":
             scores[attack] = classifier_scores(out, y, is_member, seed)
         elif attack == "population":
-            known = logits(model, *population, batch_size)
-            scores[attack] = population_scores(_losses(out, y), y, _losses(known, population[1].cpu()), population[1].cpu())
+            known, known_y = logits(model, population, batch_size, "population")
+            scores[attack] = population_scores(_losses(out, y), y, _losses(known, known_y), known_y)
         else:
             scores[attack] = ulira_scores(logit_confidence(out, y), *shadows)
     pairs = {attack: (s[:n], s[n:]) for attack, s in scores.items()}

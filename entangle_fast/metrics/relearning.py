@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..methods.training import batch_order, device_of, in_mode
+from ..methods.data import Samples, SampleSet
+from ..methods.training import batch_order, in_mode
 from ..ops import check
 from ..progress import shown
 from .accuracy import accuracy
 from .losses import sample_losses
 from .relearning_attackers import LEARNING_RATES, ROWS, attack
-from .relearning_checks import check_options, check_sets, positive
+from .relearning_checks import check_options, checked_sets, positive
 
 RECIPE = ("attacker", "lr", "momentum", "batch", "share", "shots", "tolerance")  # what must agree for delays to be compared
 
@@ -129,8 +130,8 @@ class Relearning:
 
 @check.kinds
 def relearn(
-    model: nn.Module, original: nn.Module, forget: tuple[Tensor, Tensor], *, test: tuple[Tensor, Tensor] | None = None,
-    retain: tuple[Tensor, Tensor] | None = None, attacker: str = "sgd",
+    model: nn.Module, original: nn.Module, forget: Samples, *, test: Samples | None = None, retain: Samples | None = None,
+    attacker: str = "sgd",
     share: float = 1.0, lr: float | None = None, momentum: float = 0.0, batch: int = 64, steps: int = 200,
     seeds: int | Sequence[int] = 10, tolerance: float = 0.05, eval_every: int = 1, eval_samples: int | None = 256,
     shots: int = 5, head: str | None = None, batched: str = "auto", progress: bool = True,
@@ -139,9 +140,10 @@ def relearn(
 
     Args:
         model: the unlearned model θ_u.  original: θ0, of the same parameters. Both are left as found.
-        forget: (x, y): x (n, ...), y (n,) int64. The loss is the mean cross-entropy of the logits (n, classes).
-        test: (x, y) held-out forget samples; their loss goes into test_curve.
-        retain: (x, y), needed by attacker "retain" only.
+        forget: (x, y) tensors, x (n, ...), y (n,) int64, or a map-style Dataset of such pairs, of which each step reads its batches.
+            The loss is the mean cross-entropy of the logits (n, classes).
+        test: held-out forget samples, given likewise; their loss goes into test_curve.
+        retain: retain samples, given likewise; needed by attacker "retain" only.
         attacker: each trains the parameters that require a gradient, from θ_u:
             "sgd", "adam": on forget samples.
             "retain": SGD on retain samples alone (the setting of arXiv 2505.22310).
@@ -154,7 +156,8 @@ def relearn(
         seeds: how many (0, 1, …), or which; a seed fixes the subset and the order of the batches.
         tolerance: ε, nats.
         eval_every: steps between measurements of the curve.
-        eval_samples: L_f is taken on this many forget samples at most, the same for every seed and model; None: on all.
+        eval_samples: L_f is taken on this many forget samples at most, the same for every seed and model (of a Dataset they are read
+            once and held); None: on all (a Dataset is read anew each time).
         head: the name of the classifier's nn.Linear for "prototype"; default: the last one registered.
         batched: "vmap" runs all seeds in one vmapped call, "loop" one after the other, the same to rounding; "auto"
             takes vmap unless the model has a convolution and is on the CPU (there the vmapped form is slower), or
@@ -177,34 +180,34 @@ def relearn(
     lr = LEARNING_RATES.get(attacker) if lr is None else lr
     recipe = dict(attacker=attacker, lr=lr, momentum=momentum, batch=batch, share=share, shots=shots, tolerance=tolerance)
     check_options(seeds=seeds, steps=steps, eval_every=eval_every, eval_samples=eval_samples, batched=batched, **recipe)
-    check_sets(model, forget=forget, test=test, retain=retain)
+    given = checked_sets(model, forget=forget, test=test, retain=retain)
     if attacker == "retain" and retain is None:
-        raise ValueError("retain: got None; attacker 'retain' needs (x, y) retain samples")
+        raise ValueError("retain: got None; attacker 'retain' needs retain samples")
     gap = _weight_gap(model, original)
 
-    x, y = _some(*forget, eval_samples)
-    test = None if test is None else _some(*test, eval_samples)
-    original_loss = _finite(sample_losses(original, x, y).double().mean().item(), "the original model's loss on forget")
+    measured = _some(given["forget"], eval_samples)
+    held_out = _some(given["test"], eval_samples) if "test" in given else None
+    original_loss = _finite(sample_losses(original, measured, ROWS).double().mean().item(), "the original model's loss on forget")
     rows = []
     with in_mode(model, False), shown(progress, f"relearning, {attacker}", steps) as advance:
-        mu = _pl_constant(model, x, y, original_loss)
-        attackers, step = attack(model, retain if attacker == "retain" else forget, seeds, batched, head, recipe)
+        mu = _pl_constant(model, measured, original_loss)
+        attackers, step = attack(model, given["retain" if attacker == "retain" else "forget"], seeds, batched, head, recipe)
         weight_path = torch.zeros(len(seeds), dtype=torch.float64)
         for t in range(steps + 1):
             if t:
                 _all_finite(step(t - 1), seeds, t, attacker, lr, "batch")
                 weight_path += attackers.distances()
             if t % eval_every == 0 or t == steps:
-                loss, right = attackers.evaluate(x, y)
+                loss, right = attackers.evaluate(measured)
                 _all_finite(loss, seeds, t, attacker, lr, "forget set")
-                rows.append((t, loss, right, None if test is None else attackers.evaluate(*test)[0]))
+                rows.append((t, loss, right, attackers.evaluate(held_out)[0] if held_out else None))
             advance(t, "")
-    at, curve, right, held_out = zip(*rows)
+    at, curve, right, test_curve = zip(*rows)
     return Relearning(
         **recipe, seeds=seeds, batched="vmap" if attackers.vmapped else "loop", steps=torch.tensor(at),
         curve=torch.stack(curve, 1), accuracy=torch.stack(right, 1),
-        test_curve=None if test is None else torch.stack(held_out, 1), original_loss=original_loss,
-        original_accuracy=accuracy(original, x, y), weight_gap=gap, weight_path=weight_path, mu=mu,
+        test_curve=torch.stack(test_curve, 1) if held_out else None, original_loss=original_loss,
+        original_accuracy=accuracy(original, measured, ROWS), weight_gap=gap, weight_path=weight_path, mu=mu,
     )  # fmt: skip
 
 
@@ -236,13 +239,13 @@ def anamnesis(unlearned: Relearning, retrained: Relearning, tau: float = 0.05, b
     return a / b if b else math.inf
 
 
-def _pl_constant(model: nn.Module, x: Tensor, y: Tensor, least: float) -> float:
-    """‖∇L‖² / (2 (L − least)) of the mean loss L over x, y, by the parameters that require a gradient; NaN when L ≤ least."""
+def _pl_constant(model: nn.Module, samples: SampleSet, least: float) -> float:
+    """‖∇L‖² / (2 (L − least)) of the mean loss L of a set, by the parameters that require a gradient; NaN when L ≤ least."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device, total = device_of(model), 0.0
+    total = 0.0
     gradient = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    for xs, ys in zip(x.split(ROWS), y.split(ROWS)):
-        loss = nn.functional.cross_entropy(model(xs.to(device)), ys.to(device), reduction="sum") / len(x)
+    for _, xs, ys in samples.chunks(ROWS):
+        loss = nn.functional.cross_entropy(model(xs), ys, reduction="sum") / len(samples)
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         gradient = [a + g.double() for a, g in zip(gradient, found)]
         total += loss.item()
@@ -267,12 +270,12 @@ def _first(steps: Tensor, reached: Tensor) -> Tensor:
     return at.amin(1)
 
 
-def _some(x: Tensor, y: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
-    """At most so many samples, the same at every call."""
-    if most is None or len(x) <= most:
-        return x, y
-    rows = batch_order(len(x), 0, 0)[:most].sort().values
-    return x[rows.to(x.device)], y[rows.to(y.device)]
+def _some(samples: SampleSet, most: int | None) -> SampleSet:
+    """At most so many samples, the same at every call; those of a Dataset are read here, once."""
+    if most is None or (samples.tensors and len(samples) <= most):
+        return samples
+    rows = batch_order(len(samples), 0, 0)[:most].sort().values
+    return SampleSet(samples.name, samples.take(rows), samples.device)
 
 
 def _finite(value: float, what: str) -> float:

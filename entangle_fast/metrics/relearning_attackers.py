@@ -16,6 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from ..methods.data import SampleSet
 from ..methods.training import device_of
 from ..tasks.adjacency import embed
+from .outputs import check_labels
 
 ROWS = 256  # samples in one evaluating call
 # tens of steps on most of the demo's models, where SGD at 1e-2 undoes any method in one or two
@@ -70,22 +71,21 @@ class Attackers:
         self.optimizer.step()
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats and accuracy in % of each copy on shared samples x (n, ...), y (n,): float64 (count,)."""
-        device = device_of(self.model)
+    def evaluate(self, samples: SampleSet) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats and accuracy in % of each copy on samples that they share: float64 (count,)."""
         loss = torch.zeros(self.count, dtype=torch.float64)
         right = torch.zeros(self.count, dtype=torch.float64)
-        for xs, ys in zip(x.split(ROWS), y.split(ROWS)):
-            xs, ys = xs.to(device), ys.to(device)
+        for _, xs, ys in samples.chunks(ROWS):
             if self.vmapped:
                 logits = vmap(self._logits, in_dims=(0, None))(self.copies[0], xs)
             else:
                 logits = torch.stack([self._logits(copy, xs) for copy in self.copies])
+            check_labels(logits, ys, samples.name)  # a Dataset's come to light only now
             targets = ys.expand(self.count, -1)
             losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
             loss += losses.double().sum(1).cpu()
             right += (logits.argmax(2) == targets).double().sum(1).cpu()
-        return loss / len(x), 100 * right / len(x)
+        return loss / len(samples), 100 * right / len(samples)
 
     @torch.no_grad()
     def distances(self) -> Tensor:
@@ -108,21 +108,22 @@ class Attackers:
 class Batches:
     """Batches of one set for each seed: order, and which ``share`` of the samples the attacker has, are the seed's."""
 
-    def __init__(self, x: Tensor, y: Tensor, seeds: Sequence[int], share: float, size: int, device):
-        self.x, self.y, self.size, self.device = x, y, size, device
-        kept = max(1, round(share * len(x)))
+    def __init__(self, samples: SampleSet, seeds: Sequence[int], share: float, size: int):
+        self.samples, self.size = samples, size
+        kept = max(1, round(share * len(samples)))
         self.sets = []
         for seed in seeds:
-            rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:kept]
+            rows = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:kept]
             self.sets.append(SampleSet("forget", (rows, rows), "cpu", seed))
 
     def __call__(self, number: int) -> tuple[Tensor, Tensor]:
         """Batch ``number`` of every seed: x (seeds, b, ...), y (seeds, b)."""
         rows = torch.stack([s.take(s.rows(number, self.size))[0] for s in self.sets])
-        return tuple(t[rows.to(t.device)].to(self.device) for t in (self.x, self.y))
+        x, y = self.samples.take(rows.flatten())
+        return x.unflatten(0, rows.shape), y.unflatten(0, rows.shape)
 
 
-def attack(model: nn.Module, samples: tuple[Tensor, Tensor], seeds: Sequence[int], batched: str, head: str | None, recipe: dict):
+def attack(model: nn.Module, samples: SampleSet, seeds: Sequence[int], batched: str, head: str | None, recipe: dict):
     """The attackers of a recipe (see `relearn`), and step(k): takes step k, gives the losses of its batches (seeds,).
 
     The prototype attack has no batches; its step gives zeros.
@@ -136,16 +137,17 @@ def attack(model: nn.Module, samples: tuple[Tensor, Tensor], seeds: Sequence[int
         return torch.optim.Adam(tensors, lr=lr, foreach=True)
 
     if recipe["attacker"] == "prototype":
-        head, name = classifier(model, head, int(samples[1].max()))
-        vmapped = _choose(model, [name], batched, *samples)
+        labels = samples.labels()
+        head, name = classifier(model, head, int(labels.max()))
+        vmapped = _choose(model, [name], batched, samples)
         attackers = Attackers(model, [name], len(seeds), lambda tensors: torch.optim.SGD(tensors, lr=lr), vmapped)
-        directions = prototype_directions(attackers.start[name], embed(model, samples[0], head), samples[1], recipe["shots"], seeds)
+        directions = prototype_directions(attackers.start[name], embed(model, samples, head), labels, recipe["shots"], seeds)
         moves = [{name: directions}] if vmapped else [{name: d} for d in directions]
         return attackers, lambda k: (attackers.move(moves), torch.zeros(len(seeds)))[1]
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    batches = Batches(*samples, seeds, recipe["share"], recipe["batch"], device_of(model))
+    batches = Batches(samples, seeds, recipe["share"], recipe["batch"])
     make = adam if recipe["attacker"] == "adam" else sgd
-    attackers = Attackers(model, names, len(seeds), make, _choose(model, names, batched, *samples))
+    attackers = Attackers(model, names, len(seeds), make, _choose(model, names, batched, samples))
     return attackers, lambda k: attackers.descend(*batches(k))
 
 
@@ -176,7 +178,7 @@ def prototype_directions(weight: Tensor, features: Tensor, y: Tensor, shots: int
     return out
 
 
-def _choose(model: nn.Module, names: Sequence[str], batched: str, x: Tensor, y: Tensor) -> bool:
+def _choose(model: nn.Module, names: Sequence[str], batched: str, samples: SampleSet) -> bool:
     """Whether to vmap; "auto" as measured (see `relearn`), and never where the model cannot be vmapped."""
     if batched != "auto":
         return batched == "vmap"
@@ -184,7 +186,7 @@ def _choose(model: nn.Module, names: Sequence[str], batched: str, x: Tensor, y: 
         return False  # a vmapped convolution is a grouped one, slow there
     try:
         trial = Attackers(model, names, 2, lambda tensors: None, True)
-        trial.gradients(*(t[:1].to(device_of(model)).expand(2, 1, *t.shape[1:]) for t in (x, y)))
+        trial.gradients(*(t.expand(2, *t.shape) for t in samples.take(torch.zeros(1, dtype=torch.int64))))
     except RuntimeError:
         return False
     return True

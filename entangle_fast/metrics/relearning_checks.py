@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..methods.training import device_of, in_mode
+from ..methods.checks import check_samples
+from ..methods.data import SampleSet
+from ..methods.training import device_of
 from .relearning_attackers import LEARNING_RATES
 
 
@@ -39,19 +40,9 @@ def check_options(
         raise ValueError(f"seeds: got {seeds}; needs how many (>= 1), or different whole numbers >= 0")
 
 
-def check_sets(model: nn.Module, **sets) -> None:
-    """Each set is (x, y) with labels that the model predicts."""
-    for name, given in sets.items():
-        if given is None:
-            continue
-        if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(t, Tensor) for t in given)):
-            raise ValueError(f"{name}: got {type(given).__name__}; needs tensors (x, y)")
-        x, y = given
-        if len(x) == 0 or y.shape != (len(x),) or y.dtype != torch.int64:
-            raise ValueError(f"{name}: got {len(x)} samples and {y.dtype} labels of shape {tuple(y.shape)}; needs at least one "
-                             "sample, and int64 labels (n,)")  # fmt: skip
-        with in_mode(model, False), torch.no_grad():
-            logits = model(x[:1].to(device_of(model)))
-        if logits.dim() != 2 or y.min() < 0 or y.max() >= logits.shape[1]:
-            raise ValueError(f"{name}: labels from {int(y.min())} to {int(y.max())}, but the model's output for one sample is of shape "
-                             f"{tuple(logits.shape)}; needs logits (1, classes) and labels in [0, classes)")  # fmt: skip
+def checked_sets(model: nn.Module, **sets) -> dict[str, SampleSet]:
+    """Those of the sets that are given (forget must be), ready to be read: of samples that the model takes, labels that it predicts."""
+    found = {name: SampleSet(name, data, device_of(model)) for name, data in sets.items() if data is not None or name == "forget"}
+    for samples in found.values():
+        check_samples(model, samples, None, classes=True)
+    return found

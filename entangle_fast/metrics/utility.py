@@ -1,29 +1,34 @@
 """What is left of a model after unlearning, set by set: accuracy, calibration, distance to a retrained model."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..methods.data import Samples
 from ..ops import check
-from .outputs import check_labels, logits
+from .outputs import by_name, check_labels, logits
 
 BINNINGS = ("mass", "width")
 
 
 @check.kinds
 def utility(
-    model: nn.Module, sets, *, retrained: nn.Module | None = None, bins=15, binning="mass", batch_size: int = 1024
+    model: nn.Module, sets: Mapping[str, Samples], *, retrained: nn.Module | None = None, bins=15, binning="mass", batch_size: int = 1024
 ) -> dict:
     """Figures of each set, as plain floats.
 
-    sets       a `tasks.Sets` (its test samples, per class by fine class name), or a mapping of names to (x, y) (per class
-               by label).
-    retrained  the model to compare with: one trained without the forget set.
+    sets       a `tasks.Sets` (its test samples, per class by fine class name), or a mapping of names to (x, y) tensors or map-style
+               Datasets of such pairs, read in batches (per class by label).
+    retrained  the model to compare with: one trained without the forget set. A Dataset is read a second time for it, so it must
+               give the same samples again.
     bins, binning  of `calibration_error`.
 
     Returns {set: {"accuracy": %, "per_class": {class: %}, "ece": in [0, 1], "brier": in [0, 2]}}, and with `retrained`
-    "kl_retrained": nats, "agreement": % of equal predictions. Raises ValueError, FloatingPointError as `outputs.logits`.
+    "kl_retrained": nats, "agreement": % of equal predictions. Raises ValueError, FloatingPointError as `outputs.logits`, TypeError
+    for sets that are neither.
 
     >>> import torch, entangle_fast as ef
     >>> x, y, model = torch.randn(9, 4), torch.arange(9) % 3, torch.nn.Linear(4, 3)
@@ -31,30 +36,25 @@ def utility(
     100.0
     """
     found = {}
-    for name, (x, y), classes in _each(sets):
-        out = logits(model, x, y, batch_size)
-        y = y.cpu()
+    for place, (name, data) in enumerate(by_name(sets).items()):
+        out, y = logits(model, data, batch_size, name)
         right = (out.argmax(1) == y).double()
-        row = {"accuracy": 100.0 * right.mean().item(), "per_class": {c: 100.0 * right[rows].mean().item() for c, rows in classes},
+        row = {"accuracy": 100.0 * right.mean().item(),
+               "per_class": {c: 100.0 * right[rows].mean().item() for c, rows in _classes(sets, place, y)},
                "ece": calibration_error(out.softmax(1), y, bins, binning), "brier": brier(out.softmax(1), y)}
         if retrained is not None:
-            gold = logits(retrained, x, batch_size=batch_size)
+            gold, _ = logits(retrained, data, batch_size, name, labelled=False)
             row |= {"kl_retrained": divergence(gold, out), "agreement": agreement(gold, out)}
         found[name] = row
     return found
 
 
-def _each(sets):
-    """(name, (x, y), [(class, (n,) bool)]) of each set."""
+def _classes(sets, place, y):
+    """[(class, (n,) bool)] of one set: fine classes where they are known, else labels."""
     if hasattr(sets, "test_fine"):
-        for name, samples, fine in zip(sets.test._fields, sets.test, sets.test_fine):
-            fine = fine.cpu()
-            yield name, samples, [(sets.class_names[c], fine == c) for c in fine.unique().tolist()]
-    elif hasattr(sets, "items"):
-        for name, (x, y) in sets.items():
-            yield name, (x, y), [(str(c), y.cpu() == c) for c in y.unique().tolist()]
-    else:
-        raise ValueError(f"sets: got {type(sets).__name__}; needs a tasks.Sets or a mapping of names to (x, y)")
+        fine = sets.test_fine[place].cpu()
+        return [(sets.class_names[c], fine == c) for c in fine.unique().tolist()]
+    return [(str(c), y == c) for c in y.unique().tolist()]
 
 
 def calibration_error(probabilities, y, bins=15, binning="mass"):

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..methods.training import device_of, in_mode
+from ..methods.data import Samples, SampleSet, answers, unlabelled
+from ..methods.training import device_of
 from ..ops import check
-from .sets import check_labels
+from .sets import Triple, check_labels
 
 _BLOCK = 1 << 22  # distances held at once: 32 MiB in float64
+LISTED = 20  # nearest neighbours of a forget sample that count, where there are retain samples enough
 
 
 class Neighbours(NamedTuple):
@@ -52,10 +54,11 @@ def by_label(fine: Tensor, forget, superclass_of: Tensor) -> Tensor:
 
 
 @check.kinds
-def by_knn(embed_forget: Tensor, embed_retain: Tensor, k: int = 20, top: float = 0.10) -> Neighbours:
+def by_knn(embed_forget: Tensor, embed_retain: Tensor, k: int | None = None, top: float = 0.10) -> Neighbours:
     """Adjacent by neighbours: the `top` share of retain samples that are in most forget samples' lists of k nearest.
 
     embed_forget (f, d), embed_retain (r, d): floating point, finite. Distance is Euclidean, in float64.
+    k: default 20, or ceil(top * r) where that is fewer: in lists longer than what is looked for, ties would decide (ours).
     Source: Cheng et al. 2026 (arXiv 2603.26569), appendix, as a third-party summary gives it.
 
     Ties go to the lower index, in the lists and in the ranking. A sample that is in no list is never adjacent, so
@@ -75,10 +78,12 @@ def by_knn(embed_forget: Tensor, embed_retain: Tensor, k: int = 20, top: float =
     if f.shape[1] != r.shape[1]:
         raise ValueError(f"embed_retain: got {r.shape[1]} features, embed_forget has {f.shape[1]}; "
                          "needs as many: embed both with the same layer")
-    if not 1 <= k <= len(r):
-        raise ValueError(f"k: got {k}, needs 1 to {len(r)} (the number of retain samples)")
     if not 0 < top <= 1:
         raise ValueError(f"top: got {top}, needs a share in (0, 1]")
+    wanted = math.ceil(top * len(r))
+    k = min(LISTED, wanted) if k is None else k
+    if not 1 <= k <= len(r):
+        raise ValueError(f"k: got {k}, needs 1 to {len(r)} (the number of retain samples)")
     # centred, so that |a|^2 - 2ab + |b|^2 does not cancel; by a power of two, so that equal distances stay equal
     mean = r.mean(0)
     grid = 2.0 ** math.ceil(math.log2(max((r - mean).abs().max().item(), torch.finfo(r.dtype).eps)))
@@ -92,7 +97,7 @@ def by_knn(embed_forget: Tensor, embed_retain: Tensor, k: int = 20, top: float =
         nearer, level = distance < kth, distance == kth
         room = k - nearer.sum(1, keepdim=True)
         scores += (nearer | level & (level.cumsum(1, dtype=torch.int32) <= room)).sum(0)
-    order = scores.argsort(descending=True, stable=True)[:math.ceil(top * len(r))]
+    order = scores.argsort(descending=True, stable=True)[:wanted]
     return Neighbours(order[scores[order] > 0], scores)
 
 
@@ -120,21 +125,22 @@ def agreement(indices: Tensor, adjacent: Tensor) -> Agreement:
 
 
 @check.kinds
-def embed(model: nn.Module, x: Tensor, layer: str | None = None, batch_size: int = 512) -> Tensor:
-    """Features of x: what goes into the model's last nn.Linear, or into the module named `layer`.
+def embed(model: nn.Module, data: Tensor | Samples, layer: str | None = None, batch_size: int = 512) -> Tensor:
+    """Features of samples: what goes into the model's last nn.Linear, or into the module named `layer`.
 
-    x (n, ...) float. Returns (n, d) on the CPU, in the model's dtype. "Last" is in the order of registration.
+    data  x (n, ...), (x, y) tensors, or a map-style Dataset of such pairs, read in batches; labels are not looked at
+    Returns (n, d) on the CPU, in the model's dtype. "Last" is in the order of registration.
     The model runs in eval mode without gradients and is left as found, also after an error.
-    Raises ValueError when there is no such layer, when the forward pass does not call it, when x is empty, and when
-    what goes into it is not (n, d).
+    Raises ValueError when there is no such layer, when the forward pass does not call it, when data is empty or cannot be
+    read, and when what goes into the layer is not (n, d).
 
-    Equivalent to: ``model[:-1](x)`` for a Sequential whose last module is linear
+    Equivalent to: ``model[:-1](data)`` for a Sequential whose last module is linear
 
     >>> import torch, entangle_fast as ef
     >>> ef.tasks.embed(torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.randn(6, 5)).shape
     torch.Size([6, 8])
     """
-    check.samples("x", x)
+    samples = unlabelled("data", data, device_of(model))
     modules = dict(model.named_modules())
     if layer is None:
         layer = next((n for n in reversed(modules) if isinstance(modules[n], torch.nn.Linear)), None)
@@ -142,19 +148,49 @@ def embed(model: nn.Module, x: Tensor, layer: str | None = None, batch_size: int
             raise ValueError("model: has no nn.Linear; pass layer=, the name of the module whose input to take")
     if layer not in modules:
         raise ValueError(f"layer: got {layer!r}, which is no module of the model; needs a name of named_modules()")
-    inputs, features, device = [], [], device_of(model)
+    inputs = []
+
+    def take(out, y):
+        if not inputs:
+            raise ValueError(f"layer: the forward pass does not call {layer!r}; pass a layer that it calls")
+        features = inputs[-1]
+        inputs.clear()
+        if features.dim() != 2 or len(features) != len(y):
+            raise ValueError(f"layer: the input of {layer!r} has shape {tuple(features.shape)}, needs ({len(y)}, d); pass a layer after "
+                             "pooling")
+        return features
+
     handle = modules[layer].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
-        with in_mode(model, False), torch.no_grad():
-            for batch in x.split(batch_size):
-                inputs.clear()
-                model(batch.to(device))
-                if not inputs:
-                    raise ValueError(f"layer: the forward pass does not call {layer!r}; pass a layer that it calls")
-                if inputs[-1].dim() != 2 or len(inputs[-1]) != len(batch):
-                    raise ValueError(f"layer: the input of {layer!r} has shape {tuple(inputs[-1].shape)}, needs "
-                                     f"({len(batch)}, d); pass a layer after pooling")
-                features.append(inputs[-1].cpu())
+        return answers(model, samples, take, batch_size)
     finally:
         handle.remove()
-    return torch.cat(features)
+
+
+@check.kinds
+def split_by_knn(
+    model: nn.Module, forget: Samples, retain: Samples, *, k: int | None = None, top: float = 0.10, layer: str | None = None,
+    batch_size: int = 512,
+) -> Triple:
+    """Cut the retain samples into adjacent and remote ones by their neighbours in the model's own embedding.
+
+    forget, retain  disjoint sets, each (x, y) tensors or a map-style Dataset of such pairs, read in batches
+    k, top          of `by_knn`.  layer, batch_size  of `embed`
+    Returns `Triple` (forget, adjacent, remote), for ``ef.unlearn(model, **split._asdict())``: forget as it was given; adjacent and
+    remote in retain's order, tensors of tensors (copies), Subsets of a Dataset. Only embeddings are held meanwhile.
+    Raises ValueError as `embed` and `by_knn`, and when no sample would be left to be remote.
+
+    >>> import torch, entangle_fast as ef
+    >>> x, y, model = torch.randn(60, 4), torch.arange(60) % 2, torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    >>> split = ef.tasks.split_by_knn(model, (x[:20], y[:20]), (x[20:], y[20:]), top=0.25)
+    >>> [(name, len(y)) for name, (_, y) in split._asdict().items()]
+    [('forget', 20), ('adjacent', 10), ('remote', 30)]
+    """
+    sets = [SampleSet(name, data, device_of(model)) for name, data in (("forget", forget), ("retain", retain))]
+    found = by_knn(*(embed(model, samples, layer, batch_size) for samples in sets), k, top)
+    kept = sets[1]
+    near = torch.zeros(len(kept), dtype=torch.bool).index_fill_(0, found.indices, True)
+    if near.all():
+        raise ValueError(f"top: got {top}, which makes all {len(kept)} retain samples adjacent; needs some left for remote: lower it, or "
+                         "give more retain samples")
+    return Triple(forget, *(kept.part(rows.nonzero()[:, 0]) for rows in (near, ~near)))

@@ -88,12 +88,12 @@ class ImageClasses:
         """All test samples, as `train_set`."""
         return self._samples(self.test_x, self.test_y)
 
-    def split(self, adjacency="label", *, model=None, k=20, top=0.10, layer=None):
+    def split(self, adjacency="label", *, model=None, k=None, top=0.10, layer=None):
         """Cut train and test data into forget, adjacent and remote `Sets`.
 
         adjacency  "label": adjacent are the retained fine classes that share a superclass with a forgotten one.
                    "knn": see `by_knn`, in the embedding of `model` at `layer` (see `embed`); the train and the test
-                   data are cut each by its own neighbours, with the same k and top.
+                   data are cut each by its own neighbours, with the same k (where one is given) and top.
         Raises ValueError when a set comes out empty, or superclasses or the model are missing.
         """
         if adjacency not in ("label", "knn"):

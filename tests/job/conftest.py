@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from entangle_fast import job
+from entangle_fast.result import Result
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread_and_no_figures():
     """Figures have their own tests; here they would be most of the time."""
-    threads, draw = torch.get_num_threads(), job.Result.plot
+    threads, draw = torch.get_num_threads(), Result.plot
     torch.set_num_threads(1)
-    job.Result.plot = lambda self, folder: []
+    Result.plot = lambda self, folder: []
     yield
     torch.set_num_threads(threads)
-    job.Result.plot = draw
+    Result.plot = draw

@@ -76,8 +76,9 @@ ALONE = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 import torch
-from entangle_fast import job, storage
+from entangle_fast import storage
+from entangle_fast.result import Result
 import running
 torch.set_num_threads(1)
-job.Result.plot = lambda self, folder: []
+Result.plot = lambda self, folder: []
 """

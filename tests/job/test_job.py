@@ -10,8 +10,9 @@ from small import sets, trained
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from entangle_fast import report, storage
-from entangle_fast.job import CHECKPOINT, unlearn
+from entangle_fast.job import unlearn
 from entangle_fast.methods import Entangled, FineTune, Retrain
+from entangle_fast.report import CHECKPOINT
 
 
 def test_it_forgets_and_keeps():

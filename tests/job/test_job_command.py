@@ -7,7 +7,7 @@ from running import die_at
 from typer.testing import CliRunner
 
 from entangle_fast import cli
-from entangle_fast.job import CHECKPOINT
+from entangle_fast.report import CHECKPOINT
 
 CONFIG = """
 [task]

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from entangle_fast.config import ConfigError, RunConfig, from_dict, from_toml
-from entangle_fast.job import unlearn_from_config
+from entangle_fast.config import RunConfig
+from entangle_fast.config_reading import ConfigError, from_dict, from_toml
+from entangle_fast.job_config import unlearn_from_config
 from entangle_fast.storage import save_toml
 
 GOOD = {
@@ -54,4 +55,4 @@ def test_the_line_of_a_method_option(tmp_path):
     path = save_toml(tmp_path / "job.toml", {**GOOD, "method": {"name": "entangled", "lr1": -1.0}})
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "lr1" in text)
     with pytest.raises(ConfigError, match=rf"job\.toml:{line}: method\.lr1: got -1"):
-        from_toml(path)
+        from_toml(path, RunConfig)

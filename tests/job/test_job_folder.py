@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from entangle_fast import storage
-from entangle_fast.job import CHECKPOINT
 from entangle_fast.methods import Entangled, FineTune
+from entangle_fast.report import CHECKPOINT
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):

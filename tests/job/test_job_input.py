@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from entangle_fast import storage
-from entangle_fast.job import CHECKPOINT, unlearn
+from entangle_fast.job import unlearn
 from entangle_fast.methods import FineTune, Lookahead
 from entangle_fast.methods.process import NonFinite
+from entangle_fast.report import CHECKPOINT
 
 
 class Poison(nn.Module):

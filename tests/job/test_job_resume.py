@@ -11,9 +11,10 @@ from running import ALONE, METHODS, Die, bits, die_at, go, same, untimed, wider
 from small import net, sets, trained
 
 from entangle_fast import storage
-from entangle_fast.job import CHECKPOINT, unlearn
+from entangle_fast.job import unlearn
 from entangle_fast.methods import GradientAscent
 from entangle_fast.methods.process import Process
+from entangle_fast.report import CHECKPOINT
 
 
 @pytest.mark.parametrize("method", METHODS)

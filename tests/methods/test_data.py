@@ -5,7 +5,7 @@ import torch
 from small import data, sets
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from entangle_fast.methods.data import Data, SampleSet, measured_sets
+from entangle_fast.methods.data import Data, SampleSet, measured_sets, unlabelled
 
 
 def test_a_pass_visits_every_sample_once_and_the_next_in_another_order():
@@ -44,6 +44,32 @@ def test_chunks_cover_a_set_in_its_own_order():
     s = data().remote
     assert torch.cat([rows for rows, _, _ in s.chunks(7)]).tolist() == list(range(44))
     assert torch.equal(torch.cat([x for _, x, _ in s.chunks(7)]), s.tensors[0])
+
+
+@pytest.mark.parametrize("wrap", [lambda x, y: (x, y), TensorDataset])
+def test_labels_and_parts_of_a_set(wrap):
+    x, y = sets()["remote"]
+    given = wrap(x, y)
+    s = SampleSet("remote", given, "cpu")
+    assert torch.equal(s.labels(), y)
+    rows = torch.tensor([7, 3])
+    part = s.part(rows)
+    assert isinstance(part, tuple if given is not s.dataset else Subset)
+    again = SampleSet("other", SampleSet("mine", part, "cpu"), "cpu")
+    assert again.name == "mine" and len(again) == 2  # whose name it was stays in errors
+    assert all(torch.equal(a, t[rows]) for a, t in zip(again.take(torch.arange(2)), (x, y)))
+    with pytest.raises(ValueError, match="batch_size: got 0; needs a whole number >= 1"):
+        next(s.chunks(0))
+
+
+def test_x_alone_serves_who_reads_no_labels():
+    x, y = sets()["remote"]
+    for given in (x, (x, y), TensorDataset(x, y)):
+        assert torch.equal(next(unlabelled("data", given, "cpu").chunks())[1], x)
+    with pytest.raises(ValueError, match="data: got no samples"):
+        unlabelled("data", x[:0], "cpu")
+    with pytest.raises(ValueError, match=r"data: got x of shape \(\)"):
+        unlabelled("data", x[0, 0], "cpu")
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 28, 28), ()])
@@ -137,7 +163,7 @@ def test_what_sets_to_measure_on_may_be():
     given = {name: TensorDataset(*pair) for name, pair in sets().items()}
     found = measured_sets({**given, "more": None}, "cpu")
     assert list(found) == ["forget", "adjacent", "remote"]
-    assert all(torch.equal(a, b) for name, pair in sets().items() for a, b in zip(found[name].whole(), pair))
+    assert all(torch.equal(a, b) for name, pair in sets().items() for a, b in zip(next(found[name].chunks())[1:], pair))
 
 
 @pytest.mark.parametrize("items", [[(1.0, 2, 3)], [{"x": 1.0, "y": 2}], [("a", 1)], [1.0]])

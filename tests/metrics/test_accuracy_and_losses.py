@@ -28,7 +28,7 @@ def one_hot(*classes):
 
 
 def test_accuracy():
-    assert accuracy(AsIs(), one_hot(0, 1, 2, 3), torch.tensor([0, 1, 2, 0]), batch_size=3) == 75.0
+    assert accuracy(AsIs(), (one_hot(0, 1, 2, 3), torch.tensor([0, 1, 2, 0])), batch_size=3) == 75.0
     assert predict(AsIs(), one_hot(2, 1)).tolist() == [2, 1]
 
 
@@ -54,24 +54,24 @@ def test_evaluate_on_a_task():
 
 def test_sample_losses_by_definition(model):
     x, y = torch.randn(7, 3), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    losses = sample_losses(model, x, y, batch_size=2)
+    losses = sample_losses(model, (x, y), batch_size=2)
     logits = model[1](model[0](x)).detach()
     torch.testing.assert_close(losses, -logits.log_softmax(1)[torch.arange(7), y])
     assert losses.shape == (7,) and not losses.requires_grad
 
 
 def test_half_precision_losses_are_float32():
-    assert sample_losses(AsIs(), one_hot(0, 1).bfloat16(), torch.tensor([0, 1])).dtype == torch.float32
+    assert sample_losses(AsIs(), (one_hot(0, 1).bfloat16(), torch.tensor([0, 1]))).dtype == torch.float32
 
 
 def test_the_model_is_left_as_found(model):
     x, y = torch.randn(7, 3), torch.zeros(7).long()
     modes, before = [m.training for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
-    accuracy(model, x, y)
-    sample_losses(model, x, y)
+    accuracy(model, (x, y))
+    sample_losses(model, (x, y))
     for call in (accuracy, sample_losses):
         with pytest.raises(RuntimeError):
-            call(model, torch.randn(7, 4), y)
+            call(model, (torch.randn(7, 4), y))
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -79,12 +79,12 @@ def test_the_model_is_left_as_found(model):
 def test_refusals():
     y = torch.tensor([0, 1])
     for call in (accuracy, sample_losses):
-        with pytest.raises(ValueError, match="0 samples"):
-            call(AsIs(), torch.zeros(0, 4), torch.zeros(0).long())
-        with pytest.raises(ValueError, match="y: got"):
-            call(AsIs(), one_hot(0, 1, 2), y)
-    with pytest.raises(FloatingPointError, match="logits are NaN"):
-        accuracy(AsIs(), one_hot(0, 1) * torch.nan, y)
+        with pytest.raises(ValueError, match="data: got no samples"):
+            call(AsIs(), (torch.zeros(0, 4), torch.zeros(0).long()))
+        with pytest.raises(ValueError, match="data: 3 samples but 2 labels"):
+            call(AsIs(), (one_hot(0, 1, 2), y))
+    with pytest.raises(FloatingPointError, match="data: the model.s logits are NaN"):
+        accuracy(AsIs(), (one_hot(0, 1) * torch.nan, y))
 
 
 def test_loss_distribution():

@@ -216,9 +216,10 @@ def test_all_attacks_and_summary():
 @pytest.mark.parametrize("change, message", [
     (dict(attacks=("los",)), "attacks: got 'los'"), (dict(attacks=()), "at least one attack"), (dict(tolerance=-1), "tolerance"),
     (dict(attacks="population"), "population: missing"), (dict(attacks="ulira"), "shadows: missing"),
-    (dict(members=(torch.zeros(0, 3), torch.zeros(0).long())), "x: got 0 samples"),
-    (dict(members=(torch.zeros(2, 3), torch.tensor([0, 3]))), "labels from 0 to 3"),
-    (dict(members=(torch.zeros(2, 3), torch.tensor([0]))), "y: got"), (dict(members=(torch.zeros(2, 1), torch.zeros(2).long())), "C >= 2"),
+    (dict(members=(torch.zeros(0, 3), torch.zeros(0).long())), "members: got no samples"),
+    (dict(members=(torch.zeros(2, 3), torch.tensor([0, 3]))), "members: got labels from 0 to 3"),
+    (dict(members=(torch.zeros(2, 3), torch.tensor([0]))), "members: 2 samples but 1 labels"),
+    (dict(members=(torch.zeros(2, 1), torch.zeros(2).long())), "C >= 2"),
     (dict(members=drawn(1), attacks="classifier"), "the smaller set has 1 samples"),
 ])  # fmt: skip
 def test_membership_refuses(change, message):
@@ -229,8 +230,8 @@ def test_membership_refuses(change, message):
 def test_outputs_are_float64_and_finite():
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
     x, y = drawn(5)
-    out = logits(model, x, y, batch_size=2)
+    out, labels = logits(model, (x, y), batch_size=2)
     torch.testing.assert_close(out, model[0](x).double().detach())
-    assert out.dtype == F64 and model.training and model[1].training
+    assert torch.equal(labels, y) and out.dtype == F64 and model.training and model[1].training
     with pytest.raises(FloatingPointError, match="not finite"):
-        logits(AsIs(), x * torch.nan)
+        logits(AsIs(), (x * torch.nan, y))

@@ -9,7 +9,7 @@ from small import net, samples, sets, trained
 from torch import nn
 
 from entangle_fast import storage
-from entangle_fast.figures_relearning import relearning_figure, write_relearning
+from entangle_fast.figures.relearning import relearning_figure, write_relearning
 from entangle_fast.methods.training import batch_order
 from entangle_fast.metrics import Relearning, anamnesis, relearn
 from entangle_fast.metrics.relearning_attackers import ROWS
@@ -243,8 +243,8 @@ def test_an_attack_that_diverges_is_an_error(pair):
     (dict(steps=1.5), "steps: got 1.5"), (dict(seeds=0), "seeds: got"), (dict(seeds=(1, 1)), "seeds: got"),
     (dict(tolerance=0.0), "tolerance: got"), (dict(eval_every=0), "eval_every: got"), (dict(eval_samples=0), "eval_samples: got"),
     (dict(shots=0), "shots: got"), (dict(test=3), "test: got int"),
-    (dict(test=(torch.zeros(2, 6, dtype=D64), torch.zeros(2))), "test: got 2 samples and torch.float32"),
-    (dict(test=(torch.zeros(2, 6, dtype=D64), torch.tensor([0, 4]))), "test: labels from 0 to 4"),
+    (dict(test=(torch.zeros(2, 6, dtype=D64), torch.zeros(2))), "test: labels are torch.float32"),
+    (dict(test=(torch.zeros(2, 6, dtype=D64), torch.tensor([0, 4]))), "test: label 4 is outside"),
 ])  # fmt: skip
 def test_refusals(pair, options, said):
     with pytest.raises(ValueError, match=said):

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
 
-from entangle_fast.tasks import adjacency, agreement, by_knn, by_label, embed
+import entangle_fast as ef
+from entangle_fast.tasks import adjacency, agreement, by_knn, by_label, embed, split_by_knn
 
 
 def brute_force(f, r, k):
@@ -105,7 +107,7 @@ def test_embed_refuses(model):
         embed(nn.ReLU(), torch.randn(2, 4))
     with pytest.raises(ValueError, match=r"shape \(2, 5, 4\).*after pooling"):
         embed(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5, 4))
-    with pytest.raises(ValueError, match="x: got 0"):
+    with pytest.raises(ValueError, match="data: got no samples"):
         embed(model, torch.randn(0, 4))
 
     class Unused(nn.Module):
@@ -118,3 +120,53 @@ def test_embed_refuses(model):
 
     with pytest.raises(ValueError, match="does not call 'spare'"):
         embed(Unused(), torch.randn(2, 4))
+
+
+def test_lists_are_no_longer_than_what_is_looked_for():
+    generator = torch.Generator().manual_seed(2)
+    for r, k in ((1, 1), (7, 1), (15, 2), (199, 20), (400, 20)):
+        a, b = (torch.randn(n, 3, generator=generator) for n in (6, r))
+        assert torch.equal(by_knn(a, b).scores, by_knn(a, b, k).scores)
+    b = torch.arange(30.0)[:, None]
+    assert by_knn(torch.full((1, 1), 25.2), b).indices.tolist() == [24, 25, 26]  # with lists of 20 the first of them would be chosen
+
+
+def sets(n=64):
+    generator = torch.Generator().manual_seed(4)
+    return [(torch.randn(m, 4, generator=generator), torch.randint(3, (m,), generator=generator)) for m in (20, n)]
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 3, "top": 0.3}, {"layer": "0", "batch_size": 7}])
+def test_split_by_knn_is_what_by_knn_finds(model, options):
+    forget, (x, y) = sets()
+    layer = options.get("layer")
+    found = by_knn(embed(model, forget[0], layer), embed(model, x, layer), options.get("k"), options.get("top", 0.10))
+    rows = found.indices.sort().values
+    others = torch.tensor([i for i in range(64) if i not in rows.tolist()])
+    split = split_by_knn(model, forget, (x, y), **options)
+    assert split._fields == ("forget", "adjacent", "remote") and split.forget is forget
+    for part, chosen in ((split.adjacent, rows), (split.remote, others)):
+        assert torch.equal(part[0], x[chosen]) and torch.equal(part[1], y[chosen])
+    read = split_by_knn(model, TensorDataset(*forget), TensorDataset(x, y), **options)
+    assert isinstance(read.adjacent, Subset) and isinstance(read.forget, TensorDataset)
+    assert (read.adjacent.indices, read.remote.indices) == (rows.tolist(), others.tolist())
+
+
+@pytest.mark.parametrize("form", [lambda *pair: pair, TensorDataset])
+def test_split_by_knn_is_what_unlearn_takes(model, form):
+    split = split_by_knn(model, *(form(*pair) for pair in sets(12)))  # fewer than 20
+    result = ef.unlearn(model, **split._asdict(), method=ef.FineTune(epochs=1), progress=False)
+    assert set(result.after) == {"forget", "adjacent", "remote", "per_class"}
+
+
+def test_split_by_knn_refuses(model):
+    forget, retain = sets()
+    for r in (1, 2):
+        with pytest.raises(ValueError, match=f"top: got 1.0, which makes all {r} retain samples adjacent; needs some left for remote"):
+            split_by_knn(model, forget, tuple(t[:r] for t in retain), top=1.0)
+    with pytest.raises(ValueError, match="k: got 65, needs 1 to 64"):
+        split_by_knn(model, forget, retain, k=65)
+    with pytest.raises(ValueError, match="retain: got no samples"):
+        split_by_knn(model, forget, tuple(t[:0] for t in retain))
+    with pytest.raises(ValueError, match="forget: got list; needs"):
+        split_by_knn(model, [1, 2, 3], retain)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .figures import FAINT, FLOOR, MARKERS, METHOD_COLOURS, SPARE_COLOURS, _both, _figure, _title, style
-from .report import REFERENCES
+from ..report import REFERENCES
+from .style import FAINT, FLOOR, MARKERS, METHOD_COLOURS, SPARE_COLOURS, are_numbers, new_figure, style, title_of
 
 COLOURS = (*SPARE_COLOURS, "#E69F00", "#56B4E9", "#D55E00")  # with a marker each: colours come round, pairs do not
 SHAPES = ("X", "p", "h", "<", ">", "d", "H", "8", "P")
@@ -50,7 +50,7 @@ def svgs(report: Mapping[str, Any]) -> dict[str, str]:
         svg = text.getvalue()
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
         svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-        svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{_title(name)}"', svg, count=1)
+        svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{title_of(name)}"', svg, count=1)
         svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")  # HTML knows both namespaces
         for colour in ON_DARK:
             svg = re.sub(colour, f"var(--c{colour[1:]})", svg, flags=re.I)
@@ -73,7 +73,7 @@ def looks(report: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def front(report: Mapping[str, Any], x: str = "forget", y: str = "adjacent") -> list[str]:
     """Methods, references aside, that no other method beats in both of two columns (x low, y high), by x."""
     points = {n: (m.get(x), m.get(y)) for n, m in report["methods"].items() if n not in REFERENCES}
-    points = {n: p for n, p in points.items() if _both(*p)}
+    points = {n: p for n, p in points.items() if are_numbers(*p)}
 
     def beaten(p):
         return any(q[0] <= p[0] and q[1] >= p[1] and q != p for q in points.values())
@@ -84,7 +84,7 @@ def front(report: Mapping[str, Any], x: str = "forget", y: str = "adjacent") -> 
 def pareto(report: Mapping[str, Any]):
     """Adjacent over forget accuracy (%), with standard deviations and the methods that none beats in both joined."""
     points = {n: (m.get("forget"), m.get("adjacent")) for n, m in report["methods"].items()}
-    points = {n: p for n, p in points.items() if _both(*p)}
+    points = {n: p for n, p in points.items() if are_numbers(*p)}
     if not points:
         return None
     figure, ax = _panel("What forgetting costs the adjacent classes")
@@ -110,7 +110,7 @@ def delay(report: Mapping[str, Any], attacker: str = "rcd_sgd"):
     for name, m in report["methods"].items():
         x = m.get(attacker)
         x = 1.5 * limit if isinstance(x, str) else x
-        if _both(x, m.get("adjacent"), m.get("remote")):
+        if are_numbers(x, m.get("adjacent"), m.get("remote")):
             points[name] = (x, (m["adjacent"] + m["remote"]) / 2)
     if not points:
         return None
@@ -133,7 +133,7 @@ def _ticks(limit: int) -> list[int]:
 
 
 def _panel(title: str):
-    figure = _figure(6.4, 5.6)
+    figure = new_figure(6.4, 5.6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure, figure.subplots()
 
@@ -147,7 +147,7 @@ def _draw(figure, ax, report: Mapping[str, Any], points: Mapping[str, tuple[floa
         spread = [std.get(key) if key else None for key in (x, y)]
         ax.errorbar(*point, xerr=spread[0], yerr=spread[1], color=colour, elinewidth=1, alpha=0.6, zorder=2)
         ax.plot(*point, marker=marker, color=colour, markersize=14 if name == "entangled" else 8.5, markeredgecolor="white",
-                markeredgewidth=0.8, zorder=4, clip_on=False, linestyle="none", label=_title(name))  # fmt: skip
+                markeredgewidth=0.8, zorder=4, clip_on=False, linestyle="none", label=title_of(name))  # fmt: skip
     _names(figure, len(points))
 
 
@@ -167,7 +167,7 @@ def relearning(report: Mapping[str, Any], attacker: str):
         at = [i for i, step in enumerate(curve["steps"]) if step in _ticks(report["attack_steps"])]
         ax.plot(curve["steps"], [max(v, FLOOR) for v in curve["loss"]], color=colour, marker=marker, markevery=at, markersize=5.5,
                 markeredgecolor="white", markeredgewidth=0.5, linewidth=1.8 if name == "entangled" else 1.1,
-                label=_title(name))  # fmt: skip
+                label=title_of(name))  # fmt: skip
     ax.set_xscale("function", functions=STEPS)
     ax.set_xticks(_ticks(report["attack_steps"]))
     ax.set_xlim(0, report["attack_steps"] * 1.05)

@@ -5,7 +5,6 @@ Drawn from `metrics.Relearning` objects, or from their ``summary()`` as read bac
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .figures import FAINT, INK, STYLE, _colour, _figure, _title
-from .storage import atomic_write
+from ..storage import atomic_write
+from .style import FAINT, INK, colour_of, new_figure, png, title_of
 
 
 def relearning_figure(results: Mapping[str, Any]):
@@ -33,10 +32,10 @@ def relearning_figure(results: Mapping[str, Any]):
         raise ValueError("results: attackers, steps or tolerances differ; draw one figure for each")
     methods, one = list(found), next(iter(found.values()))
     last, goal = one["steps"], one["original_loss"] + one["tolerance"]
-    figure = _figure(10.5, 1.6 + max(2.4, 0.42 * len(methods)))
+    figure = new_figure(10.5, 1.6 + max(2.4, 0.42 * len(methods)))
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     for name, s in found.items():
-        curve, colour = s["curve"], _colour(name, methods)
+        curve, colour = s["curve"], colour_of(name, methods)
         left.fill_between(curve["steps"], curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0)
         left.plot(curve["steps"], curve["median"], color=colour, linewidth=2 if name == "entangled" else 1.4)
     left.axhline(goal, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -49,7 +48,7 @@ def relearning_figure(results: Mapping[str, Any]):
 
     never = 1.08 * last  # the column of seeds that did not recover
     for row, (name, s) in enumerate(found.items()):
-        colour = _colour(name, methods)
+        colour = colour_of(name, methods)
         delays = np.array([never if d is None or math.isinf(d) else d for d in s["delays"]])
         spread = 0.16 * np.linspace(-1, 1, len(delays)) if len(delays) > 1 else np.zeros(1)
         right.plot(np.sort(delays), row + spread, "o", color=colour, markersize=4.5, alpha=0.75, markeredgewidth=0, clip_on=False)
@@ -63,9 +62,9 @@ def relearning_figure(results: Mapping[str, Any]):
     right.set_xlim(0, 1.13 * last)
     ticks = [t for t in right.get_xticks() if 0 <= t < 0.97 * last]
     right.set_xticks([*ticks, never], [*(f"{t:g}" for t in ticks), f"> {last}"])
-    right.set_yticks(range(len(methods)), [_title(n) for n in methods])
+    right.set_yticks(range(len(methods)), [title_of(n) for n in methods])
     for label, name in zip(right.get_yticklabels(), methods):
-        label.set_color(_colour(name, methods))
+        label.set_color(colour_of(name, methods))
     right.set(ylim=(len(methods) - 0.5, -0.5), xlabel="steps until relearned: dots seeds, right the median")
     right.grid(axis="y", visible=False)
     if any(s["estimate"] is not None and math.isfinite(s["estimate"]) and s["estimate"] <= last for s in found.values()):
@@ -77,10 +76,4 @@ def relearning_figure(results: Mapping[str, Any]):
 
 def write_relearning(path: str | os.PathLike, results: Mapping[str, Any]) -> Path:
     """Draw `relearning_figure` into a PNG at ``path``; returns the path."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.rcParams["backend"]}):
-        png = io.BytesIO()
-        FigureCanvasAgg(relearning_figure(results)).print_png(png, metadata={"Software": None})
-    return atomic_write(path, png.getvalue())
+    return atomic_write(path, png(lambda: relearning_figure(results)))

@@ -1,0 +1,74 @@
+"""The job that a config file describes: its data, its model, its run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import storage, tasks
+from .config import ModelConfig, RunConfig, TaskConfig
+from .config_reading import ConfigError, in_keys, to_dict
+from .job import refuse_used
+from .job_run import Run
+from .methods.process import sample_cross_entropy
+from .progress import say
+from .report import CHECKPOINT, CONFIG, REPORT
+from .result import Result
+
+
+def unlearn_from_config(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> Result:
+    """The job of ``entangle-fast unlearn CONFIG.toml``: task and model from the config, artefacts into config.run.out.
+
+    resume, overwrite and what is raised: as in `unlearn`.
+    """
+    options = config.run
+    refuse_used(options.out, resume, overwrite)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    task = load_task(config.task)
+    model = _load_model(config.model)
+    try:
+        model.to(options.device)
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise ConfigError(f"cannot use {options.device!r}: {str(error).splitlines()[0]}", key=("run", "device")) from error
+    if not config.model.weights:
+        say(options.progress, "model.weights: none given; what is unlearned is the model as its factory makes it")
+    try:
+        sets = task.split(config.task.adjacency, model=model)
+    except ValueError as error:
+        if str(error).partition(":")[0] not in _TASK_KEYS:
+            raise  # the model's own
+        raise in_keys(error, _TASK_KEYS, ("task",)) from error
+    run = Run(model, sets.train, config.method, sets, sample_cross_entropy, options.seed, options.out, options.checkpoint_every,
+              options.eval_every)  # fmt: skip
+    run.settings = to_dict(config)
+    run.task |= {"dataset": config.task.dataset, "labels": config.task.labels}
+    if not resume or not any((run.out / name).exists() for name in (CHECKPOINT, REPORT)):
+        storage.save_toml(run.out / CONFIG, run.settings)  # what --resume is given after a run that died
+    return run.go(resume, options.progress)
+
+
+_TASK_KEYS = {name: ("task", key) for name, key in {"folder": "path", "root": "path", "forget": "forget", "labels": "labels"}.items()}
+
+
+def load_task(c: TaskConfig):
+    """The data that a [task] section names."""
+    load = getattr(tasks, c.dataset)  # TaskConfig lets no other names in
+    try:
+        return load(c.path, forget=c.forget, labels=c.labels)
+    except (OSError, ValueError) as error:
+        raise in_keys(error, _TASK_KEYS, ("task", "path") if isinstance(error, OSError) else ("task",)) from error
+
+
+def _load_model(c: ModelConfig) -> nn.Module:
+    try:
+        model = tasks.load_model(c.factory, **c.kwargs)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        said = str(error).removeprefix("name: ")
+        raise ConfigError(f"cannot make {c.factory!r}: {said}", key=("model", "factory")) from error
+    if not c.weights:
+        return model
+    try:
+        return tasks.load_weights(model, c.weights)
+    except (OSError, ValueError, storage.CheckpointError) as error:
+        raise in_keys(error, {"path": ("model", "weights")}, ("model", "weights")) from error
