@@ -65,7 +65,7 @@ class Result:
 
     def save(self, folder) -> Path:
         """Write report.json, history.csv, losses.safetensors, config.toml, model.safetensors and the figures, over what is there."""
-        folder = Path(folder)
+        folder = _path(folder)
         storage.save_tensors(folder / MODEL, self.model.state_dict())
         storage.save_tensors(folder / report.LOSSES, self.losses)
         report.write_history(folder, self.history)
@@ -85,7 +85,7 @@ class Result:
         from .figures import run, style  # matplotlib is slow to import
 
         found = run.drawings(self.report(), self.history, report.keyed_losses(self.losses))
-        return style.figures_of(found) if folder is None else style.draw_all(Path(folder), found)
+        return style.figures_of(found) if folder is None else style.draw_all(_path(folder), found)
 
     def summary(self, console=None) -> None:
         """Print the table."""
@@ -94,3 +94,10 @@ class Result:
         from .report_table import table
 
         table(self.report(), console or Console())
+
+
+def _path(folder) -> Path:
+    try:
+        return Path(folder)
+    except TypeError:
+        raise TypeError(f"folder: got {type(folder).__name__}; needs a path: a string or a pathlib.Path") from None

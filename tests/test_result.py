@@ -62,6 +62,9 @@ def test_a_folder_that_cannot_be_written(result, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not be written"):
         result.plot(tmp_path / "file")
+    for call in (result.plot, result.save):
+        with pytest.raises(TypeError, match="folder: got int; needs a path"):
+            call(3)
 
 
 def test_a_run_without_steps_of_stage_2_has_no_angle():

@@ -63,7 +63,12 @@ class SampleSet:
         return tuple(t[rows.to(t.device)] for t in self.tensors) if self.tensors else Subset(self.dataset, rows.tolist())
 
     def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        found = default_collate([self.dataset[i] for i in rows.tolist()])
+        samples = [self.dataset[i] for i in rows.tolist()]
+        try:
+            found = default_collate(samples)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.name}: its samples do not go into one batch: {error}; needs pairs (x, y) of tensors or numbers, x of "
+                             "one shape: give the Dataset a transform") from error  # fmt: skip
         if not (isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
             kinds = f" of {', '.join(type(t).__name__ for t in found)}" if isinstance(found, (tuple, list)) else ""
             raise ValueError(f"{self.name}: its batches are a {type(found).__name__}{kinds}; needs samples that are pairs (x, y)")

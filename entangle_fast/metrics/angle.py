@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
 from ..methods.data import Samples, SampleSet
@@ -48,8 +48,9 @@ def _mean_gradient(model, params, samples, loss, batch_size):
     total = [torch.zeros_like(p, dtype=_wide(p)) for p in params]
     for _, x, y in samples.chunks(batch_size):
         losses = loss(model(x), y)
-        if losses.shape != (len(x),):
-            raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {len(x)} samples; needs ({len(x)},), not reduced")
+        if not isinstance(losses, Tensor) or losses.shape != (len(x),):
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            raise ValueError(f"loss: gave {got} for {len(x)} samples; needs a tensor ({len(x)},), not reduced: reduction='none'")
         found = torch.autograd.grad(losses.sum() / len(samples), params, allow_unused=True)
         for t, g in zip(total, found):
             if g is not None:

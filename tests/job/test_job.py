@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from running import METHODS, SMALL, STEPS, bits, go, same, untimed
-from small import sets, trained
+from small import samples, sets, trained
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from entangle_fast import report, storage
@@ -90,6 +90,27 @@ class Pairs(Dataset):
 def test_datasets_and_loaders_give_what_tensors_give(wrap):
     wrapped = {name: wrap(*pair) for name, pair in sets().items()}
     assert same(bits(go().model), bits(go(**wrapped).model))
+
+
+def test_a_dataset_is_never_read_whole():
+    class Counted(Pairs):
+        read = most = 0
+
+        def __getitem__(self, i):
+            self.read += 1
+            self.most = max(self.most, self.read)
+            return super().__getitem__(i)
+
+    x, y = samples(2500, 3, [2, 3])
+    train, test, model = Counted(x, y), Counted(x + 1, y), trained()
+
+    def ran(module, args):
+        train.read = test.read = 0
+
+    model.register_forward_pre_hook(ran)
+    found = go(model, remote=train, test={**sets(), "remote": test}, method=FineTune(epochs=0.1), eval_every=1)
+    assert test.most <= 1024 and train.most <= 128, (test.most, train.most)
+    assert found.losses["finetune/0/after/remote"].shape == (2500,)
 
 
 def test_few_steps_are_told(capsys):

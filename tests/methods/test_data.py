@@ -174,3 +174,24 @@ def test_samples_that_are_no_pairs(items):
 
     with pytest.raises(ValueError, match="forget: its batches are a .*; needs samples that are pairs .x, y."):
         SampleSet("forget", Items(), "cpu", 0).take(torch.tensor([0]))
+
+
+class Items(Dataset):
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        if isinstance(self.items[i], Exception):
+            raise self.items[i]
+        return self.items[i]
+
+
+def test_samples_that_go_into_no_batch():
+    for items in ([(object(), 1)] * 2, [(torch.zeros(2), 0), (torch.zeros(3), 0)]):
+        with pytest.raises(ValueError, match="forget: its samples do not go into one batch: .*; needs pairs .x, y. of tensors or numbers"):
+            SampleSet("forget", Items(*items), "cpu").take(torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="^mine$"):  # an error of the caller's own code
+        SampleSet("forget", Items(RuntimeError("mine")), "cpu").take(torch.tensor([0]))
