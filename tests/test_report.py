@@ -10,7 +10,6 @@ from rich.console import Console
 from entangle_fast import report as R
 from entangle_fast.facts import MEANINGS, meaning
 from entangle_fast.figures.run import write_figures
-from entangle_fast.machine import machine_info
 from entangle_fast.report_table import flat_facts, rebuild, table
 from entangle_fast.storage import CheckpointError, save_json, save_tensors
 
@@ -292,10 +291,3 @@ def test_every_fact_of_a_run_has_a_line():
     keys = [key for key, _ in flat_facts(ef.unlearn(trained(steps=5), **sets(), method=method, progress=False).facts)]
     assert len(keys) > 15 and all(meaning(key) for key in keys)
     assert all(any(key.startswith(start) for key in (*keys, "first_order why", "protected x")) for start in MEANINGS)
-
-
-def test_machine_info():
-    info = machine_info()
-    assert set(info) == {"machine", "versions", "commit"}
-    assert info["machine"]["cores"] >= 1 and info["machine"]["cpu"] and info["versions"]["torch"] == torch.__version__
-    json.dumps(info)
