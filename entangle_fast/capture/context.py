@@ -30,7 +30,8 @@ def capture(
             samples are followed through every operation.
         strict: a trainable parameter in a function without a rule is an error that names it; with strict=False it
             goes through torch.func.vmap on a copy per sample (slower, more memory). An activation in a function that is not
-            known to keep the samples apart, such as another library's, is an error too; with strict=False it is taken to.
+            known to keep the samples apart, such as another library's, is an error too, and so is a hook, or a custom
+            autograd.Function, that is seen to mix gradients of several samples; with strict=False they are taken to keep them apart.
 
     Yields: a Tape.
 
