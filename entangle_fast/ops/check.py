@@ -123,6 +123,7 @@ def like(params: Sequence[Tensor], name: str, tensors: Sequence[Tensor]) -> None
         if all(dtype.is_floating_point for dtype in {x.dtype for xs in (params, tensors) for x in xs}):
             return
     for i, (p, x) in enumerate(zip(params, tensors)):  # which one it is
+        tensor(f"{name}[{i}]", x)
         if p.shape != x.shape or p.device != x.device:
             raise ValueError(f"{name}[{i}]: {tuple(x.shape)} on {x.device}; needs {tuple(p.shape)} on {p.device}")
         if not (x.dtype.is_floating_point and p.dtype.is_floating_point):
@@ -131,7 +132,9 @@ def like(params: Sequence[Tensor], name: str, tensors: Sequence[Tensor]) -> None
 
 def betas(pair: tuple[float, float]) -> None:
     """AdamW's two shares of the old moments."""
-    require(len(pair) == 2 and all(0 <= b < 1 for b in pair), f"betas: got {pair}; needs two numbers in [0, 1)")
+    several = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not (several and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in pair)):
+        raise ValueError(f"betas: got {pair}; needs two numbers in [0, 1)")
 
 
 def in_table(ids: Tensor, rows: int) -> None:
@@ -173,7 +176,8 @@ def kinds(function: Callable) -> Callable:
             return function(*args, **kwargs)
         except _OF_KIND as error:
             name, wrong = _wrong_argument(function, args, kwargs, error)
-            if not wrong or (isinstance(error, ValueError) and str(error).startswith(name)) or _of_others(error.__traceback__.tb_next):
+            named = isinstance(error, (TypeError, ValueError)) and str(error).startswith(name)
+            if not wrong or named or _of_others(error.__traceback__.tb_next):
                 raise
             raise TypeError(wrong) from error
 

@@ -20,7 +20,10 @@ Tensors = Sequence[Tensor]
 
 
 def _some(name: str, tensors: Sequence, what: str = "tensor") -> None:
-    check.require(len(tensors) > 0, f"{name}: got no {what}; needs one at least")
+    if not len(tensors):
+        raise ValueError(f"{name}: got no {what}; needs one at least")
+    if what == "tensor" and len(there := {x.device for x in tensors}) > 1:
+        raise ValueError(f"{name}: on {' and '.join(sorted(map(str, there)))}; needs one device: move them with .to(...)")
 
 
 def _momentum(params: Tensors, momentum: Tensors | None) -> None:
@@ -43,7 +46,7 @@ def _reach(x: Tensor) -> int:
     return reach
 
 
-def _apart(**written: Tensors | None) -> None:
+def apart(**written: Tensors | None) -> None:
     """No element that is written stands in memory twice. Of views with gaps only the first elements are compared."""
     every = [x for xs in written.values() if xs is not None for x in xs]
     if torch.compiler.is_compiling() or hasattr(every[0], "fake_mode"):
@@ -70,7 +73,7 @@ def _apart(**written: Tensors | None) -> None:
             full, end = row, start + x.nbytes
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured there; a traced call is captured only once it is compiled."""
     here = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_initialized()
     return here and torch.cuda.is_current_stream_capturing()
@@ -174,7 +177,7 @@ def step_update(
     _coefficients(coef, len(directions))
     if counter is not None:
         _scalar("counter", counter, (torch.int64,), params)
-    _apart(params=params, momentum=momentum)
+    apart(params=params, momentum=momentum)
     with _writing(params, momentum):
         call("step_update", list(params), list(momentum or ()), list(grads), flat, coef,
              lr, beta, weight_decay, noise, seed, offset, counter)  # fmt: skip
@@ -213,7 +216,7 @@ def step_adamw(
     _scalar("step", step, (torch.int64, torch.float64), params)
     if counter is not None:
         _scalar("counter", counter, (torch.int64,), params)
-    _apart(params=params, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    apart(params=params, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     with _writing(params, exp_avg, exp_avg_sq):
         call("step_adamw", list(params), list(exp_avg), list(exp_avg_sq), list(grads), flat, coef, step,
              lr, *betas, eps, weight_decay, noise, seed, offset, counter)  # fmt: skip
@@ -245,10 +248,10 @@ def step_lookahead(
     if capacity is not None:
         whole = isinstance(capacity, int) and not isinstance(capacity, bool)
         check.require(whole and capacity >= 0, f"capacity: got {capacity!r}; needs an int >= 0, or None for no bound")
-    elif _capturing(params[0].device):
+    elif capturing(params[0].device):
         raise RuntimeError("capacity: got None under a CUDA graph capture, where the host cannot wait for the size of index; needs an "
                            "int >= 0, such as 4096")  # fmt: skip
-    _apart(params=params)
+    apart(params=params)
     with _writing(params):
         return call("step_lookahead", list(params), list(grads), alpha, capacity)
 
@@ -261,7 +264,7 @@ def step_lookahead_undo(params: Tensors, grads: Tensors, residue: tuple, alpha: 
     """
     _some("params", params)
     check.like(params, "grads", grads)
-    _apart(params=params)
+    apart(params=params)
     ulps, index, value = residue
     with _writing(params):
         call("step_lookahead_undo", list(params), list(grads), list(ulps), index, value, alpha)
