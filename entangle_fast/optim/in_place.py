@@ -26,7 +26,7 @@ def decay_noise_step(
     Equivalent to: ``[p * (1 - lr * weight_decay) - lr * g + noise * torch.randn_like(p) for p, g in zip(params, grads)]``, the
     parameters being written in place and the noise another draw
     """
-    params = list(params)
+    params, grads = list(params), list(grads)
     checks.require(len(params) > 0, "params: got no tensor; needs one at least")
     none = torch.zeros(0, dtype=torch.float64, device=params[0].device)
     ops.step_update(
@@ -53,6 +53,7 @@ def lookahead(params: Tensors, grads: Tensors, alpha: float, capacity: int | Non
     >>> p
     tensor([0.1000, 0.2000])
     """
+    params, grads = list(params), list(grads)  # read twice
     with torch.no_grad():
         residue = ops.step_lookahead(params, grads, alpha, capacity)
     try:
