@@ -443,3 +443,251 @@ def test_adamws_options_are_checked():
     for betas in ((1.0, 0.9), (0.9,), (0.9, -0.1)):
         with pytest.raises(ValueError, match="betas: got"):
             ProjectedAdamW(tensors(0), betas=betas)
+
+
+# ---- what a user of torch's optimisers brings along ----
+
+MAKES = [lambda p, **o: ProjectedAdamW(p, **o), lambda p, **o: ProjectedMomentum(p, **{"lr": 1e-3} | o)]
+BOTH = pytest.mark.parametrize("make", MAKES, ids=["adamw", "momentum"])
+
+
+def pair(make, dtype=F64):
+    """Ours, and the one of torch's that it is without directions, on the same parameters in two groups."""
+    own, theirs = tensors(0, dtype), tensors(0, dtype)
+    mine = make([{"params": own[:2]}, {"params": own[2:], "lr": 0.02}])
+    torchs = torch.optim.AdamW if isinstance(mine, ProjectedAdamW) else lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)
+    return own, mine, theirs, torchs([{"params": theirs[:2]}, {"params": theirs[2:], "lr": 0.02}])
+
+
+def stepped(own, mine, theirs, plain, steps, waits=lambda i, k: False):
+    for k in range(steps):
+        for i, (p, q, g) in enumerate(zip(own, theirs, tensors(k + 1))):
+            p.grad, q.grad = (None, None) if waits(i, k) else (g, g.clone())
+        mine.step(), plain.step()
+
+
+@BOTH
+@pytest.mark.parametrize("schedule", [
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 30), lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 0.1, 4),
+    lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.swa_utils.SWALR(o, 0.05)], [5]),
+])  # fmt: skip
+def test_schedules_move_it_as_they_move_torchs(make, schedule):
+    own, mine, theirs, plain = four = pair(make)
+    schedules = schedule(mine), schedule(plain)
+    for k in range(20):
+        for p, q, g in zip(own, theirs, tensors(k + 1)):
+            p.grad, q.grad = g, g.clone()
+        for one in (mine, plain, *schedules):
+            one.step()
+    torch.testing.assert_close(four[0], four[2], rtol=1e-12, atol=1e-13)
+
+
+@BOTH
+def test_each_parameter_counts_its_own_steps(make):
+    own, mine, theirs, plain = pair(make)
+    stepped(own, mine, theirs, plain, 8, lambda i, k: (i == 1 and k < 5) or (i == 2 and k % 2))
+    torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-13)
+    again = make([{"params": own[:2]}, {"params": own[2:]}])
+    again.load_state_dict(copy.deepcopy(mine.state_dict()))
+    stepped(own, again, theirs, plain, 2)
+    torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_each_count_draws_its_own_noise():
+    params, d = [torch.zeros(64) for _ in range(3)], philox.normal
+    adamw = ProjectedAdamW(params, lr=0.0, noise=1.0, seed=7)
+    for taken in ((0,), (1, 2), (0, 1, 2)):
+        for i, p in enumerate(params):
+            p.grad = torch.zeros(64) if i in taken else None
+        adamw.step()
+    torch.testing.assert_close(params[0], d(64, 7, 1) + d(64, 7, 2))
+    torch.testing.assert_close(torch.cat(params[1:]), d(128, 7, 1 + 2**32) + d(128, 7, 2 + 2**32))
+
+
+@pytest.mark.parametrize("waits", [lambda i, k: i == 1 and k < 3, lambda i, k: i == 1, lambda i, k: i == 0 and k > 1])
+def test_a_state_with_different_counts_is_taken_over(waits):
+    own, mine, theirs, plain = pair(MAKES[0])
+    for k in range(5):
+        for i, (q, g) in enumerate(zip(theirs, tensors(k + 1))):
+            q.grad = None if waits(i, k) else g
+        plain.step()
+    mine.load_state_dict(plain.state_dict())
+    for p, q in zip(own, theirs):
+        p.copy_(q)
+    stepped(own, mine, theirs, plain, 2)
+    torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("make, plain, message", [
+    (MAKES[1], lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), "nesterov: got True"),
+    (MAKES[1], lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening: got 0.5"),
+    (MAKES[1], lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, maximize=True), "maximize: got True"),
+    (MAKES[1], lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), "weight_decay: got 0.1 that is added"),
+    (MAKES[1], lambda p: torch.optim.AdamW(p), "a group without momentum"),
+    (MAKES[0], lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad: got True"),
+    (MAKES[0], lambda p: torch.optim.AdamW(p, maximize=True), "maximize: got True"),
+    (MAKES[0], lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), foreach=False), "lr: got Tensor; needs a number: give .item()"),
+    (MAKES[0], lambda p: torch.optim.Adam(p, weight_decay=0.1), "weight_decay: got 0.1 that is added"),
+    (MAKES[0], lambda p: torch.optim.SGD(p, lr=0.1), "a group without betas and eps"),
+])  # fmt: skip
+def test_a_state_that_would_step_otherwise_is_refused(make, plain, message, steps):
+    params = tensors(0)
+    theirs, mine = plain(params), make(tensors(0))
+    mine.step(tensors(1))
+    for p, g in zip(params, tensors(1)):
+        p.grad = g
+    for _ in range(steps):
+        theirs.step()
+    before = copy.deepcopy((mine.params, mine.state_dict()))
+    with pytest.raises((ValueError, TypeError), match=message):
+        mine.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close((mine.params, mine.state_dict()), before, rtol=0, atol=0)
+
+
+def test_what_is_off_leaves_no_trace():
+    sgd, again = (ProjectedMomentum(tensors(0), lr=0.1) for _ in range(2))
+    sgd.load_state_dict(torch.optim.SGD(tensors(0), lr=0.1, momentum=0.9).state_dict())
+    sgd.param_groups[0]["weight_decay"] = 0.1  # ours, decoupled: not to be taken for SGD's
+    again.load_state_dict(sgd.state_dict())
+    assert again.param_groups[0]["weight_decay"] == 0.1
+
+
+@BOTH
+@pytest.mark.parametrize("change", [
+    lambda s: s["state"].update({1: {k: x.to_sparse() if x.dim() else x for k, x in s["state"][1].items()}}),
+    lambda s: s["state"].update({1: {k: x.to("meta") for k, x in s["state"][1].items()}}),
+    lambda s: s["state"].update({1: {k: x.to(torch.complex64) for k, x in s["state"][1].items()}}),
+    lambda s: s["state"].update({1: None}), lambda s: s.update(state=None), lambda s: s["state"].update({1: {"step": "a"}}),
+    lambda s: s["param_groups"][0].update(weight_decay=-1.0), lambda s: s["param_groups"][0].pop("lr"),
+])  # fmt: skip
+def test_a_state_that_cannot_be_held_changes_nothing(make, change):
+    mine = make(tensors(0))
+    mine.step(tensors(1))
+    before = copy.deepcopy(mine.state_dict())
+    wrong = copy.deepcopy(before)
+    for x in wrong["state"][0].values():
+        x.zero_()
+    change(wrong)
+    with pytest.raises(ValueError, match=r"state_dict: |weight_decay: got -1.0"):
+        mine.load_state_dict(wrong)
+    torch.testing.assert_close(mine.state_dict(), before, rtol=0, atol=0)
+
+
+@BOTH
+def test_hooks_see_and_change_what_is_loaded(make):
+    saved, seen = make(tensors(0)), []
+    saved.step(tensors(1))
+    mine = make(tensors(0)[:2])
+
+    def adapt(_, state):
+        state["param_groups"] = [state["param_groups"][0] | {"params": [0, 1], "lr": 0.5}]
+        state["state"] = {k: {name: x * 0 + 3 for name, x in state["state"][k].items()} for k in (0, 1)}
+
+    mine.register_load_state_dict_pre_hook(adapt)
+    mine.register_load_state_dict_post_hook(lambda o: seen.extend(float(x.flatten()[0]) for s in o.state.values() for x in s.values()))
+    mine.load_state_dict(saved.state_dict())
+    assert set(seen) == {3.0} and all((x == 3).all() for s in mine.state.values() for x in s.values()) and mine.param_groups[0]["lr"] == 0.5
+    assert len(saved.state_dict()["param_groups"][0]["params"]) == 3
+
+
+@BOTH
+def test_a_wrong_option_of_the_second_group_leaves_the_first(make):
+    params = tensors(0)
+    mine = make([{"params": params[:1]}, {"params": params[1:]}])
+    for name, value in (("lr", "a"), ("lr", torch.nan), ("weight_decay", None), ("betas", 0.9), ("noise", -1.0)):
+        if (before := mine.param_groups[1].get(name)) is not None:
+            mine.param_groups[1][name] = value
+            with pytest.raises((ValueError, TypeError), match=f"^{name}: got"):
+                mine.step(tensors(1))
+            mine.param_groups[1][name] = before
+    torch.testing.assert_close(params, tensors(0), rtol=0, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("option", [{"nesterov": True}, {"maximize": True}, {"ridge": 1.0}, {"seed": 1}, {"project": "gradient"}])
+def test_an_option_that_groups_do_not_have_is_refused(make, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: got .* for a group"):
+        make([{"params": tensors(0)} | option])
+
+
+@BOTH
+def test_memory_and_devices_are_looked_at_from_the_start(make):
+    whole, spread = torch.zeros(6), torch.zeros(1).expand(3)
+    for groups in ([{"params": whole[:4]}, {"params": whole[3:]}], [{"params": whole}, {"params": spread}], [whole[:4], whole[2:]]):
+        with pytest.raises(ValueError, match=r"params\[1\]: .*share"):
+            make(groups)
+    with pytest.raises(ValueError, match="params: on cpu and meta"):
+        make([{"params": torch.zeros(2)}, {"params": torch.zeros(2, device="meta")}])
+    with torch.device("meta"):
+        mine = make([whole])
+    assert {x.device.type for x in mine.state[whole].values()} == {"cpu"}
+    with torch.inference_mode():
+        mine = make([whole])
+    mine.step([torch.ones(6)])
+
+
+def test_operations_of_several_devices_are_refused():
+    both = [torch.zeros(2), torch.zeros(2, device="meta")]
+    for call in (lambda: ops.step_gram([both]), lambda: ops.step_project([both], None, both), lambda: decay_noise_step(both, both, lr=1.0)):
+        with pytest.raises(ValueError, match="on cpu and meta; needs one device"):
+            call()
+
+
+@BOTH
+def test_gradients_of_every_kind(make):
+    g, groups = tensors(1), lambda p: [{"params": p[:1]}, {"params": p[1:]}]
+    for split in (list, groups):
+        given, listed = tensors(0), tensors(0)
+        make(split(given)).step((x for x in g), ((x for x in d) for d in [tensors(2)]))
+        make(listed).step(g, [tensors(2)])
+        torch.testing.assert_close(given, listed, rtol=1e-12, atol=1e-14)
+        mine = make(split(given))
+        for wrong, error, message in (
+            (g[:2], ValueError, "grads: 2 tensors for 3 parameters"), ([], ValueError, "grads: 0 tensors for 3"),
+            ([x.numpy() for x in g], TypeError, r"grads\[0\]: got numpy.ndarray; needs a torch.Tensor: torch.from_numpy"),
+            ([*g[:2], g[2].to_sparse()], ValueError, r"grads\[2\]: torch.sparse_coo; needs a dense one"),
+            (lambda: 0, TypeError, "grads: got a function; .*closure=..."),
+        ):  # fmt: skip
+            with pytest.raises(error, match=message):
+                mine.step(wrong)
+        torch.testing.assert_close(given, listed, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="grads: 0 tensors for 0 parameters"):
+        make([{"params": []}]).step([])
+    for coef in (torch.ones(1, dtype=torch.complex64), torch.ones(1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="coef: dtype"):
+            mine.step(g, [tensors(2)], coef)
+
+
+@BOTH
+def test_a_closure_is_called_first(make):
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.ones(3)
+    mine = make([p])
+
+    def closure():
+        mine.zero_grad()
+        loss = (p * torch.arange(3.0)).sum()
+        loss.backward()
+        return loss
+
+    mine.step(closure=closure, directions=[[torch.ones(3)]])
+    make([q]).step([torch.arange(3.0)], [[torch.ones(3)]])
+    torch.testing.assert_close(p.detach(), q)
+    with pytest.raises(ValueError, match="closure: got grads too"):
+        mine.step([torch.ones(3)], closure=closure)
+
+
+@pytest.mark.parametrize("seed, error", [("a", TypeError), (1.5, TypeError), (2**62, ValueError)])
+def test_a_seed_is_a_whole_number(seed, error):
+    with pytest.raises(error, match="^seed: got"):
+        ProjectedAdamW(tensors(0), seed=seed)
+
+
+def test_steps_without_state_take_generators():
+    net, before = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before.load_state_dict(net.state_dict())
+    with lookahead(net.parameters(), (torch.ones_like(p) for p in before.parameters()), 0.5):
+        torch.testing.assert_close(net.bias, before.bias - 0.5)
+    torch.testing.assert_close(list(net.parameters()), list(before.parameters()), rtol=0, atol=0)
+    decay_noise_step(net.parameters(), (torch.ones_like(p) for p in before.parameters()), lr=0.5)
+    torch.testing.assert_close(net.bias, before.bias - 0.5)

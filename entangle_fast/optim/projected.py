@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor
 
 from ..ops import check as checks
+from ..ops.step import apart
 
 Tensors = Sequence[Tensor]
+
+_NUMBERS = ("lr", "momentum", "eps", "weight_decay", "noise")
+_CHANGES_A_STEP = {"amsgrad", "betas", "dampening", "maximize", "momentum", "nesterov", "noise", "project", "ridge", "seed"}
 
 
 class Part(NamedTuple):
@@ -50,19 +55,42 @@ class Projected(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for name in self.defaults.keys() & {"lr", "momentum", "weight_decay", "eps", "noise"}:
-                _number(name, group[name])
-            if "betas" in self.defaults:
-                checks.betas(group["betas"])
+            _options(group)
+            self._understood(group)
             for p in group["params"]:
                 checks.require(p.is_floating_point(), f"params: got one of {p.dtype}; needs real floating-point tensors: leave it out")
-            self.state.update(zip(group["params"], self._fresh(group["params"])))
+            there = sorted({str(p.device) for p in self.params})
+            checks.require(len(there) <= 1, f"params: on {' and '.join(there)}; the span is one over all groups and needs one device")
+            if self.params:
+                apart(params=self.params)
+            with torch.inference_mode(False):  # state that can be written outside it too
+                fresh = list(self._fresh(group["params"]))
         except BaseException:
             self.param_groups.pop()
             raise
+        self.state.update(zip(group["params"], fresh))
 
-    def _parts(self, grads: Tensors | None, directions: Sequence[Tensors]) -> tuple[list[Part], list[Tensor], list[list[Tensor]]]:
+    def _understood(self, group: dict) -> None:
+        """Options of torch's optimisers, and of ours as a whole, which would be passed over in silence: refused where they change a
+        step, else taken out."""
+        coupled = "dampening" in group or group.pop("decoupled_weight_decay", True) is False
+        if coupled and group["weight_decay"]:
+            raise ValueError(f"weight_decay: got {group['weight_decay']} that is added to the gradient, as in torch's SGD and Adam; "
+                             "needs 0, or the decay of one that decouples it, as AdamW does")  # fmt: skip
+        for name in sorted(_CHANGES_A_STEP - self.defaults.keys()):
+            if value := group.pop(name, None):
+                raise ValueError(f"{name}: got {value!r} for a group; {type(self).__name__} has no such option of groups: leave it out")
+
+    def _parts(
+        self, grads: Tensors | None, directions: Sequence[Tensors], closure: Callable | None
+    ) -> tuple[list[Part], list[Tensor], list[list[Tensor]]]:
         """Each group's share, gradients and directions of what is stepped: everything, or what has a .grad."""
+        if callable(grads):
+            raise TypeError("grads: got a function; needs tensors like params, or None: give a closure by its name, closure=...")
+        if closure is not None:
+            checks.require(grads is None, "closure: got grads too; needs one of the two")
+            with torch.enable_grad():
+                closure()
         params, parts, at = self.params, [], 0
         directions = [list(d) for d in directions]
         for j, d in enumerate(directions):
@@ -72,9 +100,16 @@ class Projected(torch.optim.Optimizer):
             checks.require(any(taken), "grads: got none, and no parameter has a .grad; needs tensors like params, or a backward before")
             grads = [p.grad for p in params if p.grad is not None]
             directions = [[x for x, t in zip(d, taken) if t] for d in directions]
+        grads = list(grads)
+        if len(grads) != sum(taken) or not grads:
+            raise ValueError(f"grads: {len(grads)} tensors for {len(params)} parameters; needs one for each, and one at least")
+        for i, g in enumerate(grads):
+            if g.layout != torch.strided:
+                raise ValueError(f"grads[{i}]: {g.layout}; needs a dense one: give .to_dense(), or nn.Embedding(sparse=False)")
         flags = iter(taken)
         for i, group in enumerate(self.param_groups):
             if own := [p for p, t in zip(group["params"], flags) if t]:
+                _options(group)  # a scheduler or the user may have written there
                 parts.append(Part(i, group, own, slice(at, at + len(own))))
                 at += len(own)
         if len(parts) > 1:  # what the last group's step would refuse, before the first group's is taken
@@ -82,48 +117,60 @@ class Projected(torch.optim.Optimizer):
             checks.like(stepped, "grads", grads)
             for j, d in enumerate(directions):
                 checks.like(stepped, f"directions[{j}]", d)
-        return parts, list(grads), directions
+        return parts, grads, directions
 
     # ---- the state ----
 
     def _states(self, name: str, params: Iterable[Tensor] | None = None) -> list[Tensor]:
         return [self.state[p][name] for p in (self.params if params is None else params)]
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over what state_dict() gave, of an optimiser of parameters of the same shapes; ValueError before anything is changed.
+        """Take over what state_dict() gave, of an optimiser of parameters of the same shapes; an error before anything is changed.
 
-        Options come with it, as in torch. A parameter without state begins anew.
+        Options of groups come with it, as in torch; ridge, project and seed, which are of all groups, do not. That of torch.optim.SGD
+        or AdamW is taken too, unless it holds what would step otherwise here: nesterov, dampening, maximize, amsgrad, or a decay that
+        is not decoupled. A parameter without state begins anew.
         """
-        found = self._matched(state_dict)
-        mine, options = dict(self.state), [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)  # options and hooks; it would narrow moments to their parameter's dtype
-        for group, before in zip(self.param_groups, options):
-            group.update({name: before[name] for name in before.keys() - group.keys()})  # torch's AdamW has no noise
-        self.state.clear()
-        self.state.update(mine)
-        for p, saved in zip(self.params, found):
-            for name, x in mine[p].items():
-                x.copy_(torch.as_tensor(saved[name])) if saved else x.zero_()
+        state_dict = copy.copy(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            adapted = hook(self, state_dict)
+            state_dict = state_dict if adapted is None else adapted
+        options, states = self._matched(state_dict)
+        with torch.no_grad():  # not by torch's: it would narrow moments to their parameter's dtype, and not load in place
+            for p, saved in zip(self.params, states):
+                for name, x in self.state[p].items():
+                    x.copy_(saved[name]) if saved else x.zero_()
+        for group, saved in zip(self.param_groups, options):
+            group.update(saved)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
-    def _matched(self, state_dict: dict) -> list[dict]:
-        """The saved state of every parameter."""
+    def _matched(self, state_dict: dict) -> tuple[list[dict], list[dict[str, Tensor]]]:
+        """The saved options of every group, and the saved state of every parameter."""
         try:
-            saved, groups = state_dict["state"], [list(group["params"]) for group in state_dict["param_groups"]]
-        except (TypeError, LookupError) as error:
-            raise ValueError(f"state_dict: got {type(state_dict).__name__} without state and param_groups; needs what "
-                             "state_dict() gave") from error  # fmt: skip
+            groups = [list(group["params"]) for group in state_dict["param_groups"]]
+            options = [copy.deepcopy({k: x for k, x in group.items() if k != "params"}) for group in state_dict["param_groups"]]
+            saved = [state_dict["state"].get(key, {}).items() for key in chain.from_iterable(groups)]
+            states = [{name: torch.as_tensor(x) for name, x in items if x is not None} for items in saved]
+        except (TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"state_dict: got {type(state_dict).__name__}, which is not what state_dict() gave: {error!r}") from error
         got, needs = [len(g) for g in groups], [len(g["params"]) for g in self.param_groups]
         checks.require(got == needs, f"state_dict: groups of {got} parameters; needs {needs}: give that of an optimiser of the same ones")
-        found = []
-        for i, (key, p) in enumerate(zip(chain.from_iterable(groups), self.params)):
-            state = {name: x for name, x in saved.get(key, {}).items() if x is not None}
+        for group in options:
+            missing = self.defaults.keys() - {"noise", "differentiable"} - group.keys()  # torch's AdamW has no noise
+            checks.require(not missing, f"state_dict: a group without {' and '.join(sorted(missing))}; needs that of a like optimiser")
+            _options(group)
+            self._understood(group)
+        for i, (p, state) in enumerate(zip(self.params, states)):
             for name in (self.state[p].keys() | state.keys()) if state else ():
-                got, needs = (tuple(torch.as_tensor(s[name]).shape) if name in s else None for s in (state, self.state[p]))
+                got, needs = (tuple(s[name].shape) if name in s else None for s in (state, self.state[p]))
                 checks.require(got == needs, f"state_dict: {name!r} of parameter {i} has shape {got}; needs {needs}: give that of an "
                                              "optimiser of the same parameters")  # fmt: skip
-            found.append(state)
-        return found
+                x = state[name]
+                if x.layout != torch.strided or x.is_complex() or x.is_meta != p.is_meta:
+                    raise ValueError(f"state_dict: {name!r} of parameter {i} is {x.layout}, {x.dtype}, on {x.device}; needs dense, real "
+                                     "numbers")  # fmt: skip
+        return options, states
 
 
 def _given(params: Iterable) -> list:
@@ -134,15 +181,25 @@ def _given(params: Iterable) -> list:
     checks.require(len(params) > 0, "params: got no tensor; needs one at least")
     for i, x in enumerate(params):
         one = x[-1] if isinstance(x, tuple) and len(x) == 2 else x
-        if not isinstance(one, (Tensor, dict)):
+        if not isinstance(one, (Tensor, dict)) or (isinstance(one, dict) and "params" not in one):
             raise TypeError(f"params[{i}]: got {type(one).__name__}; needs a torch.Tensor, or a dict with 'params' and options")
     return params
 
 
 def _number(name: str, value: float) -> None:
     if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: got {type(value).__name__}; needs a number")
-    checks.require(0 <= value < math.inf, f"{name}: got {value}; needs a finite number >= 0")
+        raise TypeError(f"{name}: got {type(value).__name__}; needs a number{': give .item()' if isinstance(value, Tensor) else ''}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: got {value}; needs a finite number >= 0")
+
+
+def _options(group: dict) -> None:
+    """A group's options are numbers that a step can be taken with."""
+    for name in _NUMBERS:
+        if name in group:
+            _number(name, group[name])
+    if "betas" in group:
+        checks.betas(group["betas"])
 
 
 def facts(gram: Tensor, coef: Tensor, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:

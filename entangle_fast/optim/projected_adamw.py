@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops import check as checks
+from ..ops.step import capturing
 from .projected import Projected, Tensors, facts
 
 
@@ -28,10 +30,10 @@ class ProjectedAdamW(Projected):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         ridge: added to the k×k Gram, in its own units.
         noise: standard deviation added to every parameter in each step; of group i from Philox stream (seed + i·2³², count of
-            the group's steps).
+            steps + j·2³²), j being where the first parameter with this count stands in its group.
 
-    The count of steps, one for a group, stands on the device: a captured CUDA graph counts on when it is replayed, in the bias
-    corrections and in the noise.
+    Counts of steps, one for the parameters of a group that have always been stepped together, stand on the device: a captured
+    CUDA graph counts on when it is replayed, in the bias corrections and in the noise.
 
     >>> import torch, entangle_fast as ef
     >>> p, forget, retain = torch.zeros(8), torch.randn(8), torch.randn(8)
@@ -47,16 +49,16 @@ class ProjectedAdamW(Projected):
         self, params: Iterable, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, ridge: float = 0.0, noise: float = 0.0, seed: int = 0,
     ):  # fmt: skip
-        self.seed = seed
+        self.seed = operator.index(seed)
+        checks.require(abs(seed) < 1 << 62, f"seed: got {seed}; needs a whole number below 2**62")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "noise": noise}, ridge)
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"ridge": self.ridge, "seed": self.seed}
 
     def _fresh(self, params):
-        count = torch.zeros((), dtype=torch.int64)
-        for i, p in enumerate(params):
-            count = count if i else count.to(p.device)
+        count = torch.zeros((), dtype=torch.int64, device=params[0].device) if params else None
+        for p in params:
             m, u = (torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False) for _ in range(2))
             yield {"step": count, "exp_avg": m, "exp_avg_sq": u}
 
@@ -72,22 +74,24 @@ class ProjectedAdamW(Projected):
 
     @property
     def count(self) -> Tensor:
-        """Steps taken of the first group, 0-d int64."""
+        """Steps taken of the first parameter, 0-d int64."""
         return self.state[self.params[0]]["step"]
 
     @checks.kinds
     @torch.no_grad()
     def step(
-        self, grads: Tensors | None = None, directions: Sequence[Tensors] = (), coef: Tensor | None = None
+        self, grads: Tensors | None = None, directions: Sequence[Tensors] = (), coef: Tensor | None = None,
+        closure: Callable | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """One step with gradient ``grads`` less its part in span(``directions``), over all parameters at once.
 
         grads: tensors like params; None: what stands in .grad, parameters without one being left alone.  directions: k lists of
         tensors like params.  coef: (k,) of P_V g where the caller has solved for it.
+        closure: called first, with gradients enabled: computes the loss and its .grad, as torch's (and Lightning's) closures do.
         Returns, with directions and no coef given, 0-d tensors: cosine of the first two (k ≥ 2), and removed, the share
         of ‖g‖ that the projection took away.
         """
-        parts, grads, directions = self._parts(grads, directions)
+        parts, grads, directions = self._parts(grads, directions, closure)
         found = {}
         if coef is None and directions:
             gram, coef = ops.step_project(directions, None, grads, ridge=self.ridge)
@@ -95,12 +99,48 @@ class ProjectedAdamW(Projected):
         elif coef is None:
             coef = torch.zeros(0, dtype=torch.float64, device=grads[0].device)
         for i, group, params, own in parts:
-            held = self.state[params[0]]["step"]
-            count = held + 1
-            ops.step_adamw(
-                params, self._states("exp_avg", params), self._states("exp_avg_sq", params), grads[own],
-                [d[own] for d in directions], coef, count, lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                weight_decay=group["weight_decay"], noise=group["noise"], seed=self.seed + (i << 32), counter=count,
-            )  # fmt: skip
-            held.copy_(count)  # in place, for a replayed graph, and only once the step was taken
+            for first, places in self._by_count(group, params):
+                ps, g, *ds = ([xs[j] for j in places] for xs in (params, grads[own], *(d[own] for d in directions)))
+                held = self.state[ps[0]]["step"]
+                count = held + 1
+                ops.step_adamw(
+                    ps, self._states("exp_avg", ps), self._states("exp_avg_sq", ps), g, ds, coef, count, lr=group["lr"],
+                    betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], noise=group["noise"],
+                    seed=self.seed + (i << 32), offset=first << 32, counter=count,
+                )  # fmt: skip
+                held.copy_(count)  # in place, for a replayed graph, and only once the step was taken
         return found
+
+    # ---- counts: one tensor for the parameters of a group that were stepped together ----
+
+    def _by_count(self, group: dict, params: list[Tensor]) -> list[tuple[int, list[int]]]:
+        """For each count of ``params``, those of a group that are stepped now: where its first one stands in the group, and where
+        all stand in ``params``. The host knows them by their tensors, and never reads one."""
+        at, found, waiting = {p: j for j, p in enumerate(params)}, {}, set()
+        for k, p in enumerate(group["params"]):
+            key = id(self.state[p]["step"])
+            if p in at:
+                found.setdefault(key, (k, []))[1].append(at[p])
+            else:
+                waiting.add(key)
+        for key in found.keys() & waiting:
+            self._count_apart([params[j] for j in found[key][1]])
+        return list(found.values())
+
+    def _count_apart(self, params: list[Tensor]) -> None:
+        """A count of their own, from where it stands, for parameters that leave others behind."""
+        if capturing(params[0].device):
+            raise RuntimeError("grads: under a CUDA graph capture other parameters have a .grad than before; needs a step with these first")
+        count = self.state[params[0]]["step"].clone()
+        for p in params:
+            self.state[p]["step"] = count
+
+    def _matched(self, state_dict):
+        options, states = super()._matched(state_dict)
+        saved: dict[int, dict[int, list[Tensor]]] = {}
+        for p, state in zip(self.params, states):
+            saved.setdefault(id(self.state[p]["step"]), {}).setdefault(int(state.get("step", 0)), []).append(p)
+        for shared in saved.values():
+            for params in list(shared.values())[1:]:
+                self._count_apart(params)
+        return options, states

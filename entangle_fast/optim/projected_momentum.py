@@ -73,24 +73,26 @@ class ProjectedMomentum(Projected):
     @torch.no_grad()
     def step(
         self, grads: Tensors | None = None, directions: Sequence[Tensors] = (), coef: Tensor | None = None,
-        check: Callable[[Tensor], None] | None = None,
+        check: Callable[[Tensor], None] | None = None, closure: Callable | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """One step with gradient ``grads``, away from span(``directions``), over all parameters at once.
 
         grads: tensors like params; None: what stands in .grad, parameters without one being left alone.  directions: k lists of
         tensors like params.  coef: (k,) of P_V where the caller has solved for it.
+        closure: called first, with gradients enabled: computes the loss and its .grad, as torch's (and Lightning's) closures do.
         check: called with the Gram of (directions, v where it is projected again, grads) before anything is changed: where
         it raises, nothing was.
         Returns 0-d tensors: cosine of the first two directions (k ≥ 2), removed, the share of ‖w‖ that the projection took
         away (w = m v + g, or g), and, where all groups have one lr, step_norm, lr·‖w − P_V w‖.
         """
-        parts, grads, directions = self._parts(grads, directions)
+        parts, grads, directions = self._parts(grads, directions, closure)
         k, carried = len(directions), self.carried
         buffers = self._states("momentum_buffer", [p for part in parts for p in part.params])
         held = buffers if carried else None
         if coef is None:
             gram, coef = ops.step_project(directions, held, grads, beta=carried, ridge=self.ridge)
         else:
+            checks.floating(coef=coef)
             gram, coef = ops.step_gram([*directions, *([held] if held else []), grads]), coef.double()
         if check is not None:
             check(gram)
