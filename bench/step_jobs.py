@@ -116,8 +116,9 @@ def _foreach_update(p, v, g, d1, d2):
 
 
 def _projected(p, v, g, d1, d2):
-    sgd = ef.optim.ProjectedMomentum([x[:0] for x in p], lr=LR, momentum=BETA)
-    sgd.params, sgd.buffers = p, v  # the peer's tensors: two copies of 1e9 parameters are too many
+    sgd = ef.optim.ProjectedMomentum(p, lr=LR, momentum=BETA)
+    for x, buffer in zip(p, v):  # the peer's: two copies of 1e9 parameters are too many
+        sgd.state[x]["momentum_buffer"] = buffer
 
     def run(look):
         sgd.step(g, [d1, d2])
