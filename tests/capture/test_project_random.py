@@ -116,11 +116,12 @@ def test_directions_are_drawn_once_where_parameters_are_small(monkeypatch):
     """LoRA merged into its weight: formed a sample at a time, drawn for all."""
     case = simple(Via(lambda s, x: F.linear(x, s.b @ s.a), a=weight(1, 40), b=weight(40, 1)), 40)
     batch = case.batch(6)
-    tape, calls, op = tape_of(case, batch), [], ef.ops.project_random
+    tape, calls, spans, op, form = tape_of(case, batch), [], [], ef.ops.project_random, Contraction.per_sample
     monkeypatch.setattr(CHUNK, 4 * 80 * 6)
     monkeypatch.setattr(ef.ops, "project_random", lambda a, *rest, **named: calls.append(len(a)) or op(a, *rest, **named))
+    monkeypatch.setattr(Contraction, "per_sample", lambda self, lo, hi: spans.append((lo, hi)) or form(self, lo, hi))
     found = tape.project_random(8, seed=0)
-    assert calls == [6, 6]
+    assert calls == [6, 6] and spans == [(i, i + 1) for i in range(6)]
     close(found, onto(per_sample(case, batch), 8, 0), 1e-10, "LoRA")
 
 
@@ -167,6 +168,8 @@ def test_tapes_that_cannot_answer():
         losses = model(torch.randn(3, 4)).square().sum(1)
         with pytest.raises(ef.CaptureError, match="no backward yet"):
             tape.project_random(2, seed=0)
+        with pytest.raises(ValueError, match="^k: got -1"):
+            tape.project_random(-1, seed=0)
         tape.backward(losses, stream=("gram",))
     with pytest.raises(ef.CaptureError, match="only gram can be asked"):
         tape.project_random(2, seed=0)
