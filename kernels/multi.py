@@ -65,9 +65,10 @@ def stream(counter, o0, o1, COUNTED: tl.constexpr):
 class Group:
     """Tensors of one kind: their table on the device and how programs share its chunks."""
 
-    def __init__(self, columns: list[list], places: list[int], extra: list[int], aligned: bool, shifted: bool = False):
+    def __init__(self, columns: list[list], places: list[int], extra: list[int], aligned: bool, shifted: bool = False, waves: int = WAVES):
         """columns: p rows of pointer columns (tensors, or None); places: element each begins at, end to end; extra: one
-        integer a row, after the pointers; shifted: blocks follow the Philox stream, up to 3 elements early."""
+        integer a row, after the pointers; shifted: blocks follow the Philox stream, up to 3 elements early; waves: programs a
+        multiprocessor."""
         values, chunks = [], 0
         for row, place, last in zip(columns, places, extra):
             values += [chunks, row[0].numel(), place, *(0 if x is None else x.data_ptr() for x in row), last]
@@ -76,7 +77,7 @@ class Group:
         values += [chunks, *([0] * (self.columns - 1))]
         self.rows = table.table(values, columns[0][0].device)
         self.count, self.chunks, self.aligned = len(columns), chunks, aligned
-        self.per = cdiv(chunks, min(chunks, WAVES * launch.processors(columns[0][0])))
+        self.per = cdiv(chunks, min(chunks, waves * launch.processors(columns[0][0])))
         self.programs = cdiv(chunks, self.per)
 
     def stretch(self) -> tuple[int, int, int]:

@@ -10,42 +10,79 @@ from .launch import cdiv
 from .multi import BLOCK, CHUNK, Group, advance, elements, find, groups, places_of, projected, stream
 from .table import pointer
 
+GROUP = 4  # directions that a program of the Gram reads at once: as many of its tables' pointers have a dtype of their own
+
+
+@triton.jit
+def _loaded(
+    row, e, mask, first, k, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
+    ALIGNED: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """Elements e of directions first .. first + KB − 1, a tuple; beyond the last direction the last again."""
+    xs = ()
+    for j in tl.static_range(KB):
+        address = tl.load(row + 3 + tl.minimum(first + j, k - 1))
+        if j == 0:
+            x = tl.load(pointer(address, D0, ALIGNED) + e, mask=mask, other=0.0)
+        elif j == 1:
+            x = tl.load(pointer(address, D1, ALIGNED) + e, mask=mask, other=0.0)
+        elif j == 2:
+            x = tl.load(pointer(address, D2, ALIGNED) + e, mask=mask, other=0.0)
+        else:
+            x = tl.load(pointer(address, D3, ALIGNED) + e, mask=mask, other=0.0)
+        xs = xs + (x,)
+    return xs
+
 
 @triton.jit
 def _gram(
     rows, partial, count, chunks, per, k,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, KB: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr,
+    ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, KB: tl.constexpr, ONE: tl.constexpr, VEC: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial[program, p, q] = Σ d_p d_q over the program's chunks, products and sums in float64.
 
-    Grid axis 1 runs over pairs of KB directions each; the lower triangle is left to ``finish``.
-    Bytes: k directions once (KB-fold less reuse beyond KB directions).  FLOPs: k² P in float64.
+    ONE: a single group of KB directions. Otherwise grid axis 1 runs over pairs of groups, of which those below the
+    diagonal return at once. VEC: elements of a thread's 16 bytes, added up before they meet the program's sums.
+    Bytes: k directions once (k > 4: about k/4 times).  FLOPs: k² P in float64, and a conversion each element read.
+    Counted from SASS (sm_90, bfloat16, k 3): 96 bytes a thread asked for before the first use, 49 KB a multiprocessor; at
+    copy bandwidth 41 % of the conversions and 31 % of the float64 operations that an H100 has.
     Limit: bandwidth.  Fraction reached: not yet run on a GPU.
     """
-    blocks = tl.cdiv(k, KB)
-    p0, q0 = (tl.program_id(1) // blocks) * KB, (tl.program_id(1) % blocks) * KB
-    if q0 < p0:
-        return
-    p, q = p0 + tl.arange(0, KB), q0 + tl.arange(0, KB)
+    p0, q0 = 0, 0
+    if not ONE:
+        groups = tl.cdiv(k, KB)
+        p0, q0 = (tl.program_id(1) // groups) * KB, (tl.program_id(1) % groups) * KB
+        if q0 < p0:
+            return
     start = tl.program_id(0).to(tl.int64) * per
     i = find(rows, count, start, COLUMNS)
-    acc = tl.zeros((KB, KB, BLOCK), tl.float64)
+    acc = ()
+    for _ in tl.static_range(KB * KB):
+        acc = acc + (tl.zeros((BLOCK // VEC,), tl.float64),)
     for chunk in range(start, tl.minimum(start + per, chunks)):
         i = advance(rows, i, chunk, COLUMNS)
         row = rows + i.to(tl.int64) * COLUMNS
         first = (chunk - tl.load(row)) * CHUNK
         size = elements(row, ALIGNED)
-        up, uq = tl.load(row + 3 + p, mask=p < k, other=0), tl.load(row + 3 + q, mask=q < k, other=0)
-        xp, xq = pointer(up, DTYPE, ALIGNED), pointer(uq, DTYPE, ALIGNED)
         for block in range(0, CHUNK, BLOCK):
             e = first + block + tl.arange(0, BLOCK)
-            u = tl.load(xp[:, None] + e[None, :], mask=(p < k)[:, None] & (e < size)[None, :], other=0.0).to(tl.float64)
-            v = tl.load(xq[:, None] + e[None, :], mask=(q < k)[:, None] & (e < size)[None, :], other=0.0).to(tl.float64)
-            acc += u[:, None, :] * v[None, :, :]
-    total = tl.sum(acc, 2)
-    at = partial + tl.program_id(0).to(tl.int64) * k * k + p[:, None] * k + q[None, :]
-    tl.store(at, total, mask=(p < k)[:, None] & (q < k)[None, :])
+            xs = _loaded(row, e, e < size, p0, k, D0, D1, D2, D3, ALIGNED, KB)
+            ys = xs if ONE else _loaded(row, e, e < size, q0, k, D0, D1, D2, D3, ALIGNED, KB)
+            more = ()
+            for p in tl.static_range(KB):
+                for q in tl.static_range(KB):
+                    total = acc[p * KB + q]
+                    if (not ONE) or p <= q:
+                        total += tl.sum(tl.reshape(xs[p].to(tl.float64) * ys[q].to(tl.float64), (BLOCK // VEC, VEC)), 1)
+                    more = more + (total,)
+            acc = more
+    at = partial + tl.program_id(0).to(tl.int64) * k * k
+    for p in tl.static_range(KB):
+        for q in tl.static_range(KB):
+            if (not ONE) or p <= q:
+                tl.store(at + (p0 + p) * k + q0 + q, tl.sum(acc[p * KB + q], 0), mask=(p0 + p < k) & (q0 + q < k))
 
 
 @triton.jit
@@ -93,10 +130,10 @@ def _update(
 
 
 def _alike(xs: list[Tensor]) -> list[Tensor]:
-    """Contiguous, and of one dtype; read only: a copy is right, if slow."""
+    """Contiguous, and beyond ``GROUP`` directions of one dtype; read only: a copy is right, if slow."""
     dtypes = {x.dtype for x in xs}
-    wide = launch.accumulate_dtype(*xs) if len(dtypes) > 1 else xs[0].dtype
-    return [x.to(wide).contiguous() for x in xs]
+    wide = launch.accumulate_dtype(*xs) if len(dtypes) > 1 and len(xs) > GROUP else None
+    return [(x if wide is None else x.to(wide)).contiguous() for x in xs]
 
 
 @launch.on_device
@@ -106,18 +143,18 @@ def step_gram(tensors: list[Tensor], k: int) -> Tensor:
     total = torch.zeros(k, k, dtype=torch.float64, device=device)
     columns = [_alike(tensors[i::p]) for i in range(p)]
     for (dtypes, aligned), members in groups(columns).items():
-        group = Group([columns[i] for i in members], [0] * len(members), [0] * len(members), aligned)
-        kb = min(launch.power_of_2(k), 4)
-        blocks = cdiv(k, kb)
+        group = Group([columns[i] for i in members], [0] * len(members), [0] * len(members), aligned, waves=4)  # its registers
+        kb, pairs = min(k, GROUP), cdiv(k, GROUP) ** 2
+        vec = 16 // min(d.itemsize for d in dtypes)
         partial = torch.empty(group.programs, k, k, dtype=torch.float64, device=device)
-        _gram[(group.programs, blocks * blocks)](
-            group.rows, partial, *group.stretch(), k, DTYPE=launch.TL[dtypes[0]], ALIGNED=aligned,
-            COLUMNS=group.columns, KB=kb, CHUNK=CHUNK, BLOCK=2048 // (kb * kb), num_warps=4,
+        named = [launch.TL[dtypes[min(j, k - 1)]] for j in range(GROUP)]
+        _gram[(group.programs, pairs)](
+            group.rows, partial, *group.stretch(), k, *named, ALIGNED=aligned, COLUMNS=group.columns, KB=kb, ONE=pairs == 1,
+            VEC=vec, CHUNK=CHUNK, BLOCK=128 * vec * (2 if kb < 4 else 1), num_warps=4,
         )  # fmt: skip
-        upper = partial.triu() if blocks > 1 else partial  # programs below the diagonal wrote nothing
-        upper = torch.where(torch.ones_like(upper[0], dtype=torch.bool).triu(), upper, 0).sum(0)
-        total += upper + upper.triu(1).T
-    return total
+        total += partial.sum(0)  # what is below the diagonal was not written, or not everywhere
+    upper = total.triu()
+    return upper + upper.triu(1).T
 
 
 @launch.on_device
