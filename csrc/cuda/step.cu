@@ -4,7 +4,8 @@
 // before it computes. Tensors that are not 16-byte aligned, and the ends of all, go element by element.
 // Per parameter:  gram    k reads; k (k + 1) / 2 products, in double
 //                 update  theta and v read and written, g and k directions read; 2 (k + 3) FLOPs, about 40 more with noise
-// Limit: copy bandwidth. Fraction reached: not yet run on a GPU.
+// Limit: copy bandwidth. Fraction reached: not yet run on a GPU. Counted from SASS (sm_90a, bfloat16): gram of 3 directions and
+// update with float32 momentum and 2 directions have 96 bytes a thread under way before the first use, 49 KB a multiprocessor.
 #include "multi.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
@@ -21,47 +22,82 @@ EF_DEVICE void group_pair(int groups, int at, int* p, int* q) {
   *q = *p + at;
 }
 
-template <class T, int KB> __global__ void __launch_bounds__(kThreads, 2)
-gram(Table table, int k, double* partial_, unsigned* counter, double* out_, bool add, StepProject project) {
-  constexpr int N = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T);
-  const Span<double> partial(partial_), out(out_);
-  int p0, q0;
-  group_pair(cdiv(k, KB), blockIdx.y, &p0, &q0);
-  p0 *= KB, q0 *= KB;
-  const bool same = p0 == q0;
-  double sum[KB][KB] = {};
+// sum += products of the directions x, and y where they are others, at U vectors of N elements, `stride` apart; all loads come
+// before the first use of one, a value is widened to double once: conversions are the scarcest (16 a clock of a multiprocessor)
+template <bool SAME, bool WHOLE, int U, int N, int KB, class T>
+EF_DEVICE void add_products(double (&sum)[KB][KB], const Span<const T> (&x)[KB], const Span<const T> (&y)[KB], int64_t e, int64_t stride,
+                            int many) {
+  Pack<N, T> u[U][KB] = {}, v[U][SAME ? 1 : KB] = {};
+#pragma unroll
+  for (int q = 0; q < U; ++q)
+#pragma unroll
+    for (int j = 0; j < KB; ++j) {
+      if (x[j]) read<WHOLE, N, T>(x[j], e + q * stride, many, u[q][j]);
+      if constexpr (!SAME)
+        if (y[j]) read<WHOLE, N, T>(y[j], e + q * stride, many, v[q][j]);
+    }
+#pragma unroll
+  for (int q = 0; q < U; ++q)
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      double left[KB], right[KB];
+#pragma unroll
+      for (int a = 0; a < KB; ++a) {
+        left[a] = (double)widen(u[q][a][i]);
+        if constexpr (SAME) right[a] = left[a];
+        else right[a] = (double)widen(v[q][a][i]);
+      }
+#pragma unroll
+      for (int a = 0; a < KB; ++a)
+#pragma unroll
+        for (int b = SAME ? a : 0; b < KB; ++b) sum[a][b] += left[a] * right[b];
+    }
+}
+
+// sum: of directions p0.. with directions q0.., over this block's chunks
+template <bool SAME, int KB, class T> EF_DEVICE void products(double (&sum)[KB][KB], const Table& table, int k, int p0, int q0) {
+  constexpr int N = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T), U = SAME && KB < 4 && sizeof(T) < 8 ? 2 : 1;
   for_chunks(table, [&](Span<const int64_t> row, int64_t first, int64_t size) {
     Span<const T> x[KB], y[KB];
 #pragma unroll
     for (int j = 0; j < KB; ++j) {
       x[j] = p0 + j < k ? pointer<const T>(row[kHead + p0 + j]) : Span<const T>(nullptr);
-      y[j] = !same && q0 + j < k ? pointer<const T>(row[kHead + q0 + j]) : Span<const T>(nullptr);
+      y[j] = !SAME && q0 + j < k ? pointer<const T>(row[kHead + q0 + j]) : Span<const T>(nullptr);
     }
     const bool vectors = aligned(row);
     const int64_t stop = least(first + kChunk, size);
-    for (int64_t e = first + threadIdx.x * N; e < stop; e += kThreads * N) {
-      Pack<N, T> u[KB] = {}, v[KB] = {};
-      const bool whole = vectors && e + N <= stop;
-      const int many = (int)least<int64_t>(N, stop - e);
-#pragma unroll
-      for (int j = 0; j < KB; ++j) {
-        if (x[j]) whole ? read<true, N, T>(x[j], e, N, u[j]) : read<false, N, T>(x[j], e, many, u[j]);
-        if (y[j]) whole ? read<true, N, T>(y[j], e, N, v[j]) : read<false, N, T>(y[j], e, many, v[j]);
+    for (int64_t e = first + threadIdx.x * N; e < stop; e += kThreads * N * U) {
+      if (vectors && e + (U - 1) * kThreads * N + N <= stop) {
+        add_products<SAME, true, U, N>(sum, x, y, e, kThreads * N, N);
+      } else {
+        for (int64_t at = e; at < stop && at < e + kThreads * N * U; at += kThreads * N)
+          add_products<SAME, false, 1, N>(sum, x, y, at, 0, (int)least<int64_t>(N, stop - at));
       }
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-#pragma unroll
-        for (int a = 0; a < KB; ++a)
-#pragma unroll
-          for (int b = 0; b < KB; ++b) sum[a][b] += (double)widen(u[a][i]) * (double)widen(same ? u[b][i] : v[b][i]);
     }
   });
+}
+
+// MANY: more directions than a group has
+template <class T, int KB, bool MANY> __global__ void __launch_bounds__(kThreads, 2)
+gram(Table table, int k, double* partial_, unsigned* counter, double* out_, bool add, StepProject project) {
+  const Span<double> partial(partial_), out(out_);
+  int p0, q0;
+  group_pair(cdiv(k, KB), blockIdx.y, &p0, &q0);
+  p0 *= KB, q0 *= KB;
+  double sum[KB][KB] = {};
+  if constexpr (MANY) {
+    if (p0 != q0) products<false, KB, T>(sum, table, k, p0, q0);
+    else products<true, KB, T>(sum, table, k, p0, p0);
+  } else {
+    products<true, KB, T>(sum, table, k, p0, p0);
+  }
 #pragma unroll
   for (int a = 0; a < KB; ++a)
 #pragma unroll
     for (int b = 0; b < KB; ++b) {
+      if (p0 + a > q0 + b || p0 + a >= k || q0 + b >= k) continue;  // the same for the whole block
       const double total = block_sum(sum[a][b]);
-      if (threadIdx.x == 0 && p0 + a < k && q0 + b < k && p0 + a <= q0 + b)
+      if (threadIdx.x == 0)
         partial[((int64_t)blockIdx.x * k + p0 + a) * k + q0 + b] = total;
     }
   if (!last_block(counter, gridDim.x * gridDim.y)) return;
@@ -81,11 +117,11 @@ gram(Table table, int k, double* partial_, unsigned* counter, double* out_, bool
   solve(Span<const double>(out_), k, project);
 }
 
-template <class T, int KB>
+template <class T, int KB, bool MANY>
 int launch_gram(Table table, int k, double* partial, unsigned* counter, double* out, bool add, const StepProject& project, void* stream) {
   const int groups = cdiv(k, KB), pairs = groups * (groups + 1) / 2;
-  if (pairs == 1) EF_TRY(resident(gram<T, KB>, kThreads, &table.programs));
-  return launch(gram<T, KB>, dim3(table.programs, pairs), dim3(kThreads), project.coef ? solve_bytes(project.k) : 0, stream, table, k,
+  if (!MANY) EF_TRY(resident(gram<T, KB, MANY>, kThreads, &table.programs));
+  return launch(gram<T, KB, MANY>, dim3(table.programs, pairs), dim3(kThreads), project.coef ? solve_bytes(project.k) : 0, stream, table, k,
                 partial, counter, out, add, project);
 }
 
@@ -194,7 +230,10 @@ EF_LAUNCHER ef_cuda_step_gram(Table table, int type, int k, double* partial, uns
   if (project.coef && project.k > kMostDirections) return kBadArgument;
   return by_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const auto run = k <= 2 ? launch_gram<T, 2> : launch_gram<T, 3>;
+    const auto run = k <= 2   ? launch_gram<T, 2, false>
+                     : k == 3 ? launch_gram<T, 3, false>
+                     : k == 4 ? launch_gram<T, 4, false>
+                              : launch_gram<T, 3, true>;
     return run(table, k, partial, counter, out, add != 0, project, stream);
   });
 }
