@@ -34,7 +34,7 @@ METRICS = [
     [TIME, MEMORY, BYTES],
 ]
 OURS = ("_?gram", "_?update", "_?forward", "_rows", "_pairs", "_form", "_accumulate", "_moments", "_sorted", "_random", "ranks",
-        "gram_mma", "gram_wgmma", "project_random")  # fmt: skip
+        "gram_mma", "form_wgmma", "add_wgmma", "project_random")  # fmt: skip
 
 
 def calls(backend: str) -> None:
@@ -49,7 +49,7 @@ def calls(backend: str) -> None:
     losses = torch.randn(10**6 if big else 9, device=DEVICE)
     with chosen(backend):
         ef.ops.gram(a, b, route="tiles")
-        ef.ops.gram(a[:64], b[:64], route="tiles")  # the size that gram_wgmma is made for
+        ef.ops.gram(a[:64], b[:64], route="tiles")  # blocks of 64 samples
         ef.ops.step_gram([params, grads])
         ef.ops.step_update(params, momentum, grads, [grads], coef, lr=1e-3, beta=0.9)
         ef.ops.sample_loss(logits, target)
@@ -121,7 +121,7 @@ def sass(library: Path, arch: str) -> dict:
         return {"missing": f"{library.name} holds no code for {arch}: {done.stderr.strip()[:200]}"}
     words = ("HGMMA", "UTMALDG", "HMMA", "LDG.E.EF.128")
     out = {}
-    for name in ("gram_wgmma", "gram_mma", "update", "project_random"):
+    for name in ("form_wgmma", "add_wgmma", "gram_mma", "update", "project_random"):
         bodies = [body for head, _, body in functions if re.search(rf"\d{name}(I|E|[A-Z])", head)]
         out[name] = {word: sum(body.count(word) for body in bodies) for word in words}
     return out
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         for r in report.content[f"ncu_{backend}"].get("launches", [report.content[f"ncu_{backend}"]]):
             print(backend, r, flush=True)
     print("written:", *report.paths)
-    wgmma = report.content["sass"].get("gram_wgmma")
+    wgmma = report.content["sass"].get("form_wgmma")
     return int(bool(major == 9 and wgmma and not wgmma["HGMMA"]))
 
 

@@ -38,12 +38,13 @@ Tensor gram(const Tensor& a, const Tensor& b, std::optional<Tensor> a2, std::opt
   if (n == 0 || m == 0) return out;
   if (x->t == 0 || other.factors.t == 0 || d_in == 0 || d_out == 0) return torch::stable::fill_(out, 0.0);
   const int type = type_of(left.a);
-  // at most 64 samples: the form that forms each tile once and reads the fewest bytes
-  const int form = n <= 64 && !y && !ef_cuda_gram_refuses(kWgmma, type, x, y, d_in, d_out) ? kWgmma : kMma;
+  const int64_t padded = (d_out + 127) / 128 * 128 * ((d_in + 63) / 64 * 64);  // what the tiles for wgmma make of the weight
+  const int form = padded <= 4 * d_in * d_out && !ef_cuda_gram_refuses(kWgmma, type, x, y, d_in, d_out) ? kWgmma : kMma;
   call.require(!ef_cuda_gram_refuses(form, type, x, y, d_in, d_out), "needs float32, bfloat16 or float16");
   const int64_t count = ef_cuda_gram_partials(form, type, x, y, d_in, d_out);
   Tensor partial = empty(left.a, {count, n, m}, ScalarType::Float);
-  call(ef_cuda_gram(form, type, x, y, d_in, d_out, data<float>(partial), count, data<float>(out), call.stream));
+  Tensor scratch = empty(left.a, {ef_cuda_gram_scratch(form, x, y, d_in, d_out)}, ScalarType::Byte);
+  call(ef_cuda_gram(form, type, x, y, d_in, d_out, data<float>(partial), count, data(scratch), data<float>(out), call.stream));
   return out;
 }
 

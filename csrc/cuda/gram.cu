@@ -1,4 +1,5 @@
-// gram, the form for many positions: K_ij = <G_i, G'_j> of per-sample weight gradients, on tensor cores.
+// gram, the form for many positions: K_ij = <G_i, G'_j> of per-sample weight gradients, on tensor cores: by mma.sync here, in
+// bfloat16 on sm_90a by wgmma through a scratch in the L2 (gram_sm90.cuh).
 //
 // A block holds the samples of two blocks of 64, [I | J]. For each of its weight tiles it forms the gradient tiles of all of
 // them into shared memory (first product, over positions) and adds their Gram to register accumulators (second product);
@@ -8,11 +9,9 @@
 // Symmetric: pairs of blocks I < J only, elements i ≤ j only; the blocks (I, I) ride along with a neighbour.
 // FLOPs: R·2n·t·d_in·d_out (first) + n²·d_in·d_out (second), where a sample's tiles are formed anew for each partner block:
 //   R = max(1, ⌈n/64⌉ - 1) (cross: 1 + ⌈m/64⌉ for the left side, ...). The Triton form has R = 1 and pays 2 bytes written
-//   and n/128 read an element through the L2 instead: beyond n ≈ 256 it should win.
+//   and n/128 read an element through the L2 instead.
 // Bytes: a tile of O × I weights reads (O + I)·t elements a sample, from the L2 where the blocks in flight stay in step:
-//   O·I/(O + I) = 10.7 FLOP a byte in bfloat16 (32 × 16). Limit: the L2's bandwidth, long before the tensor cores. Larger tiles need
-//   fewer samples in a block or a cluster that shares them through distributed shared memory: the next thing to try on a GPU.
-// wgmma (gram_sm90.cuh): 64 × 16 tiles of 64 samples, 12.8 FLOP a byte, copies by TMA.
+//   O·I/(O + I) = 10.7 FLOP a byte in bfloat16 (32 × 16). Limit: the L2's bandwidth, long before the tensor cores.
 #include "gradient_tile.cuh"
 #include "gram_pairs.cuh"
 #include "gram_sm90.cuh"
@@ -131,26 +130,37 @@ EF_LAUNCHER ef_cuda_gram_refuses(int form, int type, const Factors* left, const 
   return form == kWgmma ? sm90::refuses(type, *left, right, d_in, d_out) : 0;
 }
 
+namespace {
+sm90::Plan plan_of(const Factors& left, const Factors* right, int64_t d_in, int64_t d_out, int processors) {
+  return {left.n, right ? right->n : left.n, !right, d_in, d_out, processors};
+}
+}  // namespace
+
 extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_gram_partials(int form, int type, const Factors* left,
-    const Factors* right, int64_t d_in,
-                                                                                int64_t d_out) {
+    const Factors* right, int64_t d_in, int64_t d_out) {
   int count = 0;
   if (processors(&count)) return 0;
-  const int64_t n = left->n, m = right ? right->n : n, block = form == kWgmma ? sm90::kBlock : kBlock;
-  const int high = form == kWgmma ? sm90::kO : type == kBf16 ? TileOf<Bf16>::O : TileOf<float>::O;
-  const int64_t tiles = cdiv<int64_t>(d_out, high) * cdiv<int64_t>(d_in, 16);
-  const int64_t blocks = cdiv(n, block), items = pairs(form == kWgmma && !right ? max(blocks, (int64_t)2) : blocks, cdiv(m, block), !right);
-  const int64_t splits = max((int64_t)1, min(tiles, count / items));  // one block a multiprocessor: whole waves only
-  return form == kWgmma ? 2 * splits : splits;
+  if (form == kWgmma) return plan_of(*left, right, d_in, d_out, count).partials;
+  const int64_t n = left->n, m = right ? right->n : n;
+  const int64_t tiles = cdiv<int64_t>(d_out, type == kBf16 ? TileOf<Bf16>::O : TileOf<float>::O) * cdiv<int64_t>(d_in, 16);
+  const int64_t items = pairs(cdiv<int64_t>(n, kBlock), cdiv<int64_t>(m, kBlock), !right);
+  return max((int64_t)1, min(tiles, count / items));  // one block a multiprocessor: whole waves only
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_gram_scratch(int form, const Factors* left, const Factors* right,
+    int64_t d_in, int64_t d_out) {
+  int count = 0;
+  if (form != kWgmma || processors(&count)) return 0;
+  return 2 * (left->n + (right ? right->n : 0)) * plan_of(*left, right, d_in, d_out, count).pitch();
 }
 
 EF_LAUNCHER ef_cuda_gram(int form, int type, const Factors* left, const Factors* right, int64_t d_in, int64_t d_out, float* partial,
-    int64_t partials,
-                         float* out, void* stream) {
+    int64_t partials, void* scratch, float* out, void* stream) {
   const int64_t n = left->n, m = right ? right->n : n;
   if (ef_cuda_gram_refuses(form, type, left, right, d_in, d_out) || partials < 1 || partials > 65535) return kBadArgument;
   if (form == kWgmma) {
-    EF_TRY(sm90::launch_wgmma(*left, right, d_in, d_out, partial, partials / 2, stream));
+    if (partials != ef_cuda_gram_partials(form, type, left, right, d_in, d_out)) return kBadArgument;
+    EF_TRY(sm90::launch_wgmma(*left, right, d_in, d_out, partial, scratch, stream));
   } else if (type == kBf16) {
     EF_TRY(launch_mma<Bf16>(*left, right, d_in, d_out, partial, partials, stream));
   } else if (type == kHalf) {

@@ -20,9 +20,11 @@ int ef_cuda_gram_refuses(int form, int type, const ef::cuda::Factors* left, cons
 // how many partial Grams (each n × m float) the caller provides
 int64_t ef_cuda_gram_partials(int form, int type, const ef::cuda::Factors* left, const ef::cuda::Factors* right, int64_t d_in,
                               int64_t d_out);
-// out (n, m) float; right null: symmetric. n, m, t, d_in, d_out ≥ 1. partial: scratch, (partials, n, m) float
+// bytes of gradients, 16-byte aligned, that the caller provides; 0: none
+int64_t ef_cuda_gram_scratch(int form, const ef::cuda::Factors* left, const ef::cuda::Factors* right, int64_t d_in, int64_t d_out);
+// out (n, m) float; right null: symmetric. n, m, t, d_in, d_out ≥ 1. partial: (partials, n, m) float, partial and scratch: no input
 int ef_cuda_gram(int form, int type, const ef::cuda::Factors* left, const ef::cuda::Factors* right, int64_t d_in, int64_t d_out,
-                 float* partial, int64_t partials, float* out, void* stream);
+                 float* partial, int64_t partials, void* scratch, float* out, void* stream);
 
 // how many partial projections (each n × k float) the caller provides
 int64_t ef_cuda_project_random_partials(int type, const ef::cuda::Factors* x, int64_t d_in, int64_t d_out, int64_t k);

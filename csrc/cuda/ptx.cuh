@@ -138,52 +138,45 @@ EF_DEVICE void tma_load_3d(void* to, const void* map, int c0, int c1, int c2, ui
 
 // ---- wgmma
 
-// A plain store to shared memory that wgmma will read, after fence_proxy_async and a barrier
-EF_DEVICE void store_shared(void* to, uint32_t value) {
-  *static_cast<uint32_t*>(to) = value;
-#ifdef EF_CUDA_HOST
-  cuda_host::written_by_store(to, 4);
-#endif
-}
-EF_DEVICE void fence_proxy_async(EF_ONLY_SITE) {
-  EF_PTX(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"), cuda_host::fence_proxy_async(w));
-}
 EF_DEVICE void wgmma_fence(EF_ONLY_SITE) { EF_PTX(asm volatile("wgmma.fence.sync.aligned;" ::: "memory"), cuda_host::wgmma_fence(w)); }
 EF_DEVICE void wgmma_commit(EF_ONLY_SITE) {
   EF_PTX(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"), cuda_host::wgmma_commit(w));
 }
-EF_DEVICE void wgmma_wait_all(EF_ONLY_SITE) {
-  EF_PTX(asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"), cuda_host::wgmma_wait(0, w));
-}
-EF_DEVICE void named_barrier(int id, int threads EF_SITE) {
-  EF_PTX(asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"), cuda_host::named_barrier(id, threads, w));
+template <int LEFT> EF_DEVICE void wgmma_wait(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"), cuda_host::wgmma_wait(LEFT, w));
 }
 
-// Matrix descriptor of an operand behind a 128, 64 or 32 byte swizzle. stride: bytes between groups of eight rows of the
-// swizzle pattern; leading, between patterns side by side, is not used: no operand here is wider than one.
-EF_DEVICE uint64_t descriptor(uint32_t address, uint32_t stride, int swizzle) {
-  const uint64_t mode = swizzle == 128 ? 1 : swizzle == 64 ? 2 : 3;
-  return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)1 << 16 | (uint64_t)(stride >> 4) << 32 | mode << 62;
+// Matrix descriptor of an operand behind a 128-byte swizzle. stride: bytes between groups of eight rows of the swizzle pattern;
+// leading: between patterns side by side, where an operand that is read transposed is wider than one (64 elements)
+EF_DEVICE uint64_t descriptor(uint32_t address, uint32_t stride, uint32_t leading = 16) {
+  return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | (uint64_t)1 << 62;
 }
 
-// D (64, 16) += A (64, 16) B (16, 16); A and B contiguous along rows and columns (transposed in memory)
-EF_DEVICE void wgmma_m64n16_mn(float (&d)[8], uint64_t a, uint64_t b EF_SITE) {
-  EF_PTX(asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 1, 1;"
-                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-                      : "l"(a), "l"(b)),
-         cuda_host::wgmma(d, 16, a, b, false, false, w));
-}
-// D (64, 64) += A (64, 16) B (16, 64); both contiguous along k
-EF_DEVICE void wgmma_m64n64_k(float (&d)[32], uint64_t a, uint64_t b EF_SITE) {
-  EF_PTX(asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
-                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                      : "l"(a), "l"(b)),
-         cuda_host::wgmma(d, 64, a, b, true, true, w));
+#define EF_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define EF_D32(i) EF_D8(i), EF_D8(i + 8), EF_D8(i + 16), EF_D8(i + 24)
+#define EF_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define EF_32 EF_TEN() EF_TEN(1) EF_TEN(2) "%30,%31"
+#define EF_64 EF_TEN() EF_TEN(1) EF_TEN(2) EF_TEN(3) EF_TEN(4) EF_TEN(5) "%60,%61,%62,%63"
+#define EF_128                                                                                                            \
+  EF_TEN() EF_TEN(1) EF_TEN(2) EF_TEN(3) EF_TEN(4) EF_TEN(5) EF_TEN(6) EF_TEN(7) EF_TEN(8) EF_TEN(9) EF_TEN(10) EF_TEN(11) \
+  "%120,%121,%122,%123,%124,%125,%126,%127"
+// numbers of the operands behind the accumulators: the two descriptors, whether to add, whether transposed
+#define EF_WGMMA(n, list, a, b, add, t, ...)                                                                                      \
+  asm volatile("{\n\t.reg .pred more;\n\tsetp.ne.b32 more, %" #add ", 0;\n\t"                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, %" #a ", %" #b ", more, 1, 1, %" #t ", %" #t \
+               ";\n\t}"                                                                                                          \
+               : __VA_ARGS__                                                                                                      \
+               : "l"(left), "l"(right), "r"((int)more), "n"(TRANSPOSED ? 1 : 0))
+
+// D (64, N) = A (64, 16) B (16, N), added to D where `more`. TRANSPOSED: A and B contiguous along rows and columns, else along k
+template <int N, bool TRANSPOSED> EF_DEVICE void wgmma(float (&d)[N / 2], uint64_t left, uint64_t right, bool more EF_SITE) {
+#ifdef EF_CUDA_HOST
+  cuda_host::wgmma(d, N, left, right, !TRANSPOSED, more, w);
+#else
+  if constexpr (N == 64) EF_WGMMA(64, EF_32, 32, 33, 34, 35, EF_D32(0));
+  else if constexpr (N == 128) EF_WGMMA(128, EF_64, 64, 65, 66, 67, EF_D32(0), EF_D32(32));
+  else EF_WGMMA(256, EF_128, 128, 129, 130, 131, EF_D32(0), EF_D32(32), EF_D32(64), EF_D32(96));
+#endif
 }
 #endif
 

@@ -2,7 +2,7 @@
 //
 // Eager copies land when they are issued; lazy ones when the thread waits for them (cp.async) or when nothing else can run
 // (TMA): at the latest moment that the program allows. Proxies are checked by rule: what a plain store wrote to shared
-// memory through ptx::store_shared must be fenced by that thread before an asynchronous reader touches it; an mbarrier
+// memory and written_by_store was told of must be fenced by that thread before an asynchronous reader touches it; an mbarrier
 // must be fenced by the thread that made it before a copy may signal it.
 #pragma once
 
@@ -48,8 +48,7 @@ inline void read_by_proxy(size_t at, size_t bytes, const char* what) {
   for (size_t i = at; i < at + bytes; i++)
     if (block->unfenced[i]) fail(std::string(what) + " touches what a plain store wrote, without fence.proxy.async");
 }
-inline void fence_proxy_async(const Where& w) {
-  if (skipped(w)) return;
+inline void fence_proxy_async() {
   for (size_t i : me().written) block->unfenced[i] = 0;
   me().written.clear();
 }

@@ -32,7 +32,8 @@ def gram(form, a, b, a2=None, b2=None, partials=None, **options):
     count = partials or _count(library.ef_cuda_gram_partials, *shape)
     n, m = a.shape[0], (a if a2 is None else a2).shape[0]
     partial, out = _empty(count, n, m), _empty(n, m)
-    run(library.ef_cuda_gram, *shape, partial, count, out, library=library, **options)
+    scratch = _empty(_count(library.ef_cuda_gram_scratch, form, *shape[2:]) // 4)
+    run(library.ef_cuda_gram, *shape, partial, count, scratch, out, library=library, **options)
     return out
 
 

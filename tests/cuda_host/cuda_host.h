@@ -1,6 +1,6 @@
 // Lets g++ run the very sources that nvcc compiles: a CUDA block's threads as fibers of one operating-system thread.
 //
-// Covered (intrinsics.h): thread and block indices, static and dynamic shared memory, block, warp and named barriers, shuffles, votes,
+// Covered (intrinsics.h): thread and block indices, static and dynamic shared memory, block and warp barriers, shuffles, votes,
 // atomics, the runtime calls of the launchers; async_copy.h: cp.async, mbarrier, TMA; tensor_cores.h: mma, ldmatrix, wgmma.
 // Fibers run in a random order (seeded), each until it blocks, so that warps drift as far apart as the barriers let them;
 // blocks run one after another in a random order. Copies and matrix products that the hardware does later are done either
@@ -76,7 +76,6 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Gate> warps;
   std::map<std::pair<unsigned, uint32_t>, Gate> parts;  // (warp, mask)
-  std::map<unsigned, Gate> named;
   Gate all;
   bool block_fenced = false;
   dim3 size, grid, index;

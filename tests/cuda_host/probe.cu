@@ -36,8 +36,8 @@ EF_LAUNCHER probe_mma(int type, const Bf16* a, const Bf16* bt, float* out, void*
   return launch(type == kBf16 ? mma<kBf16> : mma<kHalf>, dim3(1), dim3(32), 2 * 768, stream, a, bt, out);
 }
 
-// first (64, 16) = Bᵀ A for b (t ≤ 64, 64), a (t, 16) by TMA and the transposed form; second (64, 64) = first firstᵀ after rounding.
-// wrong: 1 no proxy fence for the plain stores, 2 no fence of the mbarrier
+// first (64, 128) = Bᵀ A for b (t ≤ 32, 64), a (t, 128) by TMA and the transposed form; second (64, 64) = first firstᵀ over 64 of its
+// columns after rounding. wrong: 1 no proxy fence for the plain stores, 2 no fence of the mbarrier
 __global__ void wgmma(const __grid_constant__ sm90::Maps maps, Span<float> first, Span<float> second, int wrong) {
   EF_DYNAMIC_SHARED(unsigned char, s);
   uint64_t* bar = reinterpret_cast<uint64_t*>(s + 32768);
@@ -45,39 +45,43 @@ __global__ void wgmma(const __grid_constant__ sm90::Maps maps, Span<float> first
   if (thread == 0) {
     ptx::mbarrier_init(bar, 1);
     if (wrong != 2) ptx::fence_mbarrier_init();
-    ptx::mbarrier_arrive_expect(bar, sm90::kStage);
-    ptx::tma_load_3d(s, &maps.b, 0, 0, 0, bar);
-    ptx::tma_load_3d(s + sm90::kBytesB, &maps.a, 0, 0, 0, bar);
+    ptx::mbarrier_arrive_expect(bar, 3 * sm90::kBox);
+    ptx::tma_load_3d(s, &maps.left, 0, 0, 0, bar);
+    for (int c = 0; c < 2; ++c) ptx::tma_load_3d(s + (1 + c) * sm90::kBox, &maps.right, c * 64, 0, 0, bar);
   }
   __syncthreads();
   ptx::mbarrier_wait(bar, 0);
-  float d[8] = {}, e[32] = {};
-  const uint32_t b = ptx::shared_address(s), a = b + sm90::kBytesB;
+  float d[64], e[32];
+  const uint32_t b = ptx::shared_address(s), a = b + sm90::kBox;
   ptx::wgmma_fence();
-  for (int k = 0; k < 4; ++k) ptx::wgmma_m64n16_mn(d, ptx::descriptor(b + k * 2048, 1024, 128), ptx::descriptor(a + k * 512, 256, 32));
+  for (int k = 0; k < 2; ++k)
+    ptx::wgmma<128, true>(d, ptx::descriptor(b + k * 2048, 1024), ptx::descriptor(a + k * 2048, 1024, sm90::kBox), k > 0);
   ptx::wgmma_commit();
-  ptx::wgmma_wait_all();
-  unsigned char* x = s + 16384;  // rows of d as (64, 16) bfloat16 in the first 32 bytes of a 128-byte swizzled row
-  for (int q = 0; q < 8; ++q) first[(row + q / 2 % 2 * 8) * 16 + q / 4 * 8 + column + q % 2] = d[q];
-  for (int h = 0; h < 2; ++h)
-    for (int c = 0; c < 2; ++c) {
+  ptx::wgmma_wait<0>();
+  unsigned char* x = s + 16384;  // rows of 64 columns of d as bfloat16, a 128-byte swizzled row each
+  for (int q = 0; q < 64; ++q) first[(row + q / 2 % 2 * 8) * 128 + q / 4 * 8 + column + q % 2] = d[q];
+  for (int c = 0; c < 8; ++c)
+    for (int h = 0; h < 2; ++h) {
       const int r = row + 8 * h;
-      const uint32_t pair = (uint32_t)narrow<Bf16>(d[4 * c + 2 * h + 1]).bits << 16 | narrow<Bf16>(d[4 * c + 2 * h]).bits;
-      ptx::store_shared(x + r * 128 + (c ^ r % 8) * 16 + column * 2, pair);
+      const uint32_t pair = sm90::pair_of_floats(d[4 * c + 2 * h], d[4 * c + 2 * h + 1]);
+      auto* to = reinterpret_cast<uint32_t*>(x + r * 128 + (c ^ r % 8) * 16 + column * 2);
+      *to = pair, cuda_host::written_by_store(to, 4);
     }
-  if (wrong != 1) ptx::fence_proxy_async();
-  ptx::named_barrier(1, 128);
-  const uint64_t rows = ptx::descriptor(ptx::shared_address(x), 1024, 128);
+  if (wrong != 1) cuda_host::fence_proxy_async();
+  __syncthreads();
   ptx::wgmma_fence();
-  ptx::wgmma_m64n64_k(e, rows, rows);
+  for (int k = 0; k < 4; ++k) {
+    const uint64_t rows = ptx::descriptor(ptx::shared_address(x) + k * 32, 1024);
+    ptx::wgmma<64, false>(e, rows, rows, k > 0);
+  }
   ptx::wgmma_commit();
-  ptx::wgmma_wait_all();
+  ptx::wgmma_wait<0>();
   for (int q = 0; q < 32; ++q) second[(row + q / 2 % 2 * 8) * 64 + q / 4 * 8 + column + q % 2] = e[q];
 }
 EF_LAUNCHER probe_wgmma(const Factors* f, float* first, float* second, int wrong, void* stream) {
   sm90::Maps maps;
-  EF_TRY(sm90::encode(&maps.a, f->a, 16, f->t, f->n, f->a_position, f->a_sample, 16));
-  EF_TRY(sm90::encode(&maps.b, f->b, 64, f->t, f->n, f->b_position, f->b_sample, 64));
+  EF_TRY(sm90::encode(&maps.right, f->a, 128, f->t, f->n, f->a_position, f->a_sample, sm90::kT));
+  EF_TRY(sm90::encode(&maps.left, f->b, 64, f->t, f->n, f->b_position, f->b_sample, sm90::kT));
   return launch(wgmma, dim3(1), dim3(128), 33024, stream, maps, first, second, wrong);
 }
 

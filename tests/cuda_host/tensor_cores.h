@@ -96,21 +96,21 @@ inline float operand(uint64_t descriptor, unsigned line, unsigned k, bool k_majo
   return from_bf16(bits);
 }
 
-// D (64, N) += A (64, 16) B (16, N), bf16; d: this thread's N / 2 values
-inline void wgmma(float* d, int n, uint64_t a, uint64_t b, bool a_k_major, bool b_k_major, const Where& w) {
+// D (64, N) = A (64, 16) B (16, N), added to D where `more`, bf16; d: this thread's N / 2 values
+inline void wgmma(float* d, int n, uint64_t a, uint64_t b, bool k_major, bool more, const Where& w) {
   if (!me().registers_fenced) fail("wgmma at " + at(w) + " without wgmma.fence");
   unsigned row = warp() % 4 * 16 + lane() / 4, column = lane() % 4 * 2;
   auto product = [=] {
     float left[2][16];
-    for (unsigned k = 0; k < 16; k++) left[0][k] = operand(a, row, k, a_k_major), left[1][k] = operand(a, row + 8, k, a_k_major);
+    for (unsigned k = 0; k < 16; k++) left[0][k] = operand(a, row, k, k_major), left[1][k] = operand(a, row + 8, k, k_major);
     for (int i = 0; i < n / 2; i += 4)
       for (int c = 0; c < 2; c++) {
         float low = 0, high = 0;
         for (unsigned k = 0; k < 16; k++) {
-          float right = operand(b, i * 2 + column + c, k, b_k_major);
+          float right = operand(b, i * 2 + column + c, k, k_major);
           low += left[0][k] * right, high += left[1][k] * right;
         }
-        d[i + c] += low, d[i + 2 + c] += high;
+        d[i + c] = more ? d[i + c] + low : low, d[i + 2 + c] = more ? d[i + 2 + c] + high : high;
       }
   };
   options.eager ? product() : me().products.push_back(product);
@@ -128,11 +128,6 @@ inline void wgmma_wait(size_t left, const Where& w) {
   for (auto& batches = me().batches; batches.size() > left; batches.pop_front())
     for (auto& product : batches.front()) product();
   if (!left) me().registers_fenced = false;
-}
-
-inline void named_barrier(unsigned id, unsigned threads, const Where& w) {
-  if (id < 1 || id > 15 || threads % 32) fail("named barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
-  if (!skipped(w)) arrive(block->named[id], threads, w);
 }
 
 }  // namespace cuda_host

@@ -38,7 +38,11 @@ def test_mma(shape, dtype):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("shape", [(1, 0, 1, 8, 8), (34, 0, 70, 24, 72), (70, 0, 9, 16, 64), (5, 37, 66, 24, 40)], ids=str)
+@pytest.mark.parametrize(  # the last two: tiles of 256 and 128 columns, several chunks, several blocks of samples
+    "shape",
+    [(1, 0, 1, 8, 8), (34, 0, 70, 24, 72), (70, 0, 9, 16, 64), (5, 37, 66, 24, 40), (3, 0, 9, 200, 264), (2, 130, 9, 72, 8)],
+    ids=str,
+)
 def test_wgmma(shape, eager):
     check(WGMMA, arguments(shape, torch.bfloat16), eager=eager, seed=3)
 

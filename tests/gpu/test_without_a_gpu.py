@@ -223,7 +223,7 @@ def test_instructions_are_read_from_the_library():
     if not files or not hasattr(torch.ops.entangle_fast_cuda, "step_gram"):
         pytest.skip("built without CUDA")
     found = gpu_profile.sass(files[0], "sm_90a")
-    assert found["gram_wgmma"]["HGMMA"] > 0 and found["gram_mma"]["HMMA"] > 0 and found["update"]["LDG.E.EF.128"] > 0
+    assert found["form_wgmma"]["HGMMA"] > 0 and found["gram_mma"]["HMMA"] > 0 and found["update"]["LDG.E.EF.128"] > 0
     assert "missing" in gpu_profile.sass(files[0], "sm_70")
 
 
