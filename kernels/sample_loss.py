@@ -18,24 +18,29 @@ LOGIT_BYTES = 128 << 20  # logits of one chunk of the linear form; large enough 
 @triton.jit(do_not_specialize=["rest_of"])  # the second half of lse: aligned or not
 def _forward(
     logits, target, top_of, rest_of, position, classes, row_stride, ignore_index: tl.int64, smoothing: tl.float64,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The row's maximum, the log of its sum of exp(x − maximum), and its cross-entropy: one pass, with a running maximum.
+    """The row's maximum, the log of its sum of exp(x − maximum), and its cross-entropy: one pass, with a running maximum for each VEC
+    elements together.
 
+    VEC: elements of a thread's 16 bytes: 1 + 1/VEC exponentials an element, where one maximum for each would take two, and
+    reading bfloat16 at an H100's bandwidth leaves 2.2 (counted: 16 a clock of a multiprocessor).
     Bytes: the logits once.  FLOPs: about 5 an element.  Limit: bandwidth.  Fraction reached: not yet run on a GPU.
     """
     r = tl.program_id(0).to(tl.int64)
     logits += r * row_stride
     e = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), float("-inf"), ACC)
-    mass, below = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    top = tl.full((BLOCK // VEC,), float("-inf"), ACC)
+    mass, below = tl.zeros((BLOCK // VEC,), ACC), tl.zeros((BLOCK // VEC,), ACC)
     for c in range(0, classes, BLOCK):
         mask = c + e < classes
-        x = tl.load(logits + c + e, mask=mask, other=float("-inf")).to(ACC)
-        new = tl.maximum(top, x)
+        x = tl.reshape(tl.load(logits + c + e, mask=mask, other=float("-inf")).to(ACC), (BLOCK // VEC, VEC))
+        new = tl.maximum(top, tl.max(x, 1))
         was, base = tl.where(top == float("-inf"), 0.0, top), tl.where(new == float("-inf"), 0.0, new)
-        mass = mass * tl.exp(top - base) + tl.exp(x - base)
-        below += (c // BLOCK) * (was - base) + tl.where(mask, x - base, 0.0)  # of x - base
+        mass = mass * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+        if SMOOTH:
+            apart = tl.where(tl.reshape(mask, (BLOCK // VEC, VEC)), x - base[:, None], 0.0)
+            below += (c // BLOCK * VEC) * (was - base) + tl.sum(apart, 1)  # of x - base
         top = new
     peak = tl.max(top, 0)
     highest = tl.where(peak == float("-inf"), 0.0, peak)
@@ -47,9 +52,10 @@ def _forward(
     s = tl.cast(smoothing, ACC)
     # differences with the maximum, not with the log-sum-exp: exact where logits are large and the loss is small
     loss = log_mass + (1.0 - s) * (highest - picked)
-    if smoothing > 0.0:
+    if SMOOTH:
         base = tl.where(top == float("-inf"), 0.0, top)
-        mine = (classes - e + BLOCK - 1) // BLOCK  # classes of each lane
+        rest = tl.minimum(tl.maximum(classes % BLOCK - tl.arange(0, BLOCK // VEC) * VEC, 0), VEC)
+        mine = classes // BLOCK * VEC + rest  # classes that came to each
         loss -= s * tl.sum(tl.where(mine > 0, below + mine * (base - highest), 0.0), 0) / classes
     tl.store(top_of + r, peak)
     tl.store(rest_of + r, log_mass)
@@ -105,26 +111,26 @@ def _scales(
 
 @triton.jit(do_not_specialize=["rest_of"])
 def _backward(
-    logits, target, top_of, rest_of, scale, out, classes, t, first, row_stride, ignore_index: tl.int64, smoothing: tl.float64,
+    logits, target, top_of, rest_of, scale, out, width, classes, t, first, begin, row_stride, ignore_index: tl.int64, smoothing: tl.float64,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[r, c] = scale · (softmax − smoothing/C − (1 − smoothing)[c = target]); out may be logits itself.
 
-    first: the global row of this chunk's row 0; target, top_of, rest_of (of _forward) and scale are indexed by
-    global row.
+    first, begin: the global row and class of this chunk's row 0 and column 0, of ``width``; target, top_of, rest_of (of _forward)
+    and scale are indexed by global row.
     Bytes: logits read once, out written once.  FLOPs: about 6 an element.  Limit: bandwidth.
     Fraction reached: not yet run on a GPU.
     """
     r = tl.program_id(0).to(tl.int64)
     row = r + first
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = c < classes
+    mask = c < width
     label = tl.load(target + row)
     s = tl.where(label != ignore_index, tl.load(scale + row // t), 0.0)
-    eps = tl.cast(smoothing, ACC)
     x = tl.load(logits + r * row_stride + c, mask=mask, other=0.0).to(ACC)
-    d = tl.exp(x - tl.load(top_of + row) - tl.load(rest_of + row)) - eps / classes - tl.where(c == label, 1.0 - eps, 0.0)
-    tl.store(out + r * classes + c, (s * d).to(out.dtype.element_ty), mask=mask)
+    eps = tl.cast(smoothing, ACC)
+    d = tl.exp(x - tl.load(top_of + row) - tl.load(rest_of + row)) - eps / classes - tl.where(c + begin == label, 1.0 - eps, 0.0)
+    tl.store(out + r * width + c, (s * d).to(out.dtype.element_ty), mask=mask)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ def _launch_forward(rows: Tensor, target: Tensor, lse: Tensor, position: Tensor,
         block = launch.power_of_2(rows.shape[1], 128, 1024 if lse.dtype == torch.float64 else 2048)  # wider float64 spills
         _forward[(len(rows),)](
             rows, target, lse[0], lse[1], position, rows.shape[1], rows.stride(0), ignore_index, smoothing,
-            ACC=launch.TL[lse.dtype], BLOCK=block, num_warps=4,
+            SMOOTH=smoothing > 0, ACC=launch.TL[lse.dtype], VEC=16 // rows.element_size(), BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -166,12 +172,13 @@ def _launch_scales(grad, target, ce, clip, penalty, ignore_index, reduction) -> 
     return scale
 
 
-def _launch_backward(rows, target, lse, scale, out, t: int, first: int, ignore_index: int, smoothing: float) -> None:
-    classes = rows.shape[1]
-    block = launch.power_of_2(classes, 128, 2048)
+def _launch_backward(rows, target, lse, scale, out, t: int, ignore_index: int, smoothing: float, classes: int, first=0, begin=0):
+    """rows: a part of the logits from row ``first`` and class ``begin`` on; target, lse, scale: of all."""
+    width = rows.shape[1]
+    block = launch.power_of_2(width, 128, 2048)
     if rows.numel():
-        _backward[(len(rows), cdiv(classes, block))](
-            rows, target, lse[0], lse[1], scale, out, classes, max(t, 1), first, rows.stride(0), ignore_index, smoothing,
+        _backward[(len(rows), cdiv(width, block))](
+            rows, target, lse[0], lse[1], scale, out, width, classes, max(t, 1), first, begin, rows.stride(0), ignore_index, smoothing,
             ACC=launch.TL[lse.dtype], BLOCK=block, num_warps=4,
         )  # fmt: skip
 
@@ -197,14 +204,16 @@ def sample_loss_backward(
     scale = _launch_scales(grad, target, ce, clip, penalty, ignore_index, reduction)
     out = logits.new_empty(rows.shape)
     t = target.shape[1] if target.dim() == 2 else 1
-    _launch_backward(rows, target, lse.contiguous(), scale, out, t, 0, ignore_index, label_smoothing)
+    _launch_backward(rows, target, lse.contiguous(), scale, out, t, ignore_index, label_smoothing, rows.shape[1])
     return out.view(logits.shape)
 
 
-def _row_chunks(rows: Tensor, classes: int):
-    size = max(1, LOGIT_BYTES // max(1, classes * rows.element_size()))
-    for lo in range(0, len(rows), size):
-        yield lo, min(lo + size, len(rows))
+def _chunks(count: int, each: int):
+    """Stretches of ``count`` things of ``each`` bytes, of LOGIT_BYTES at most; whole 64s, which GEMMs want."""
+    size = max(1, LOGIT_BYTES // max(1, each))
+    size = size if size < 64 else size // 64 * 64
+    for lo in range(0, count, size):
+        yield lo, min(lo + size, count)
 
 
 @launch.on_device
@@ -220,7 +229,7 @@ def linear_sample_loss(
     lse = h.new_empty((2, *target.shape), dtype=accumulate_dtype(h))
     position = torch.empty_like(lse[0])
     ids, z, each = target.view(-1), lse.view(2, target.numel()), position.view(-1)
-    for lo, hi in _row_chunks(rows, len(weight)):
+    for lo, hi in _chunks(len(rows), len(weight) * rows.element_size()):
         logits = torch.nn.functional.linear(rows[lo:hi], weight, bias)
         _launch_forward(logits, ids[lo:hi], z[:, lo:hi], each[lo:hi], ignore_index, label_smoothing)
     return *_launch_samples(position, target, penalty, ignore_index, reduction), lse
@@ -232,23 +241,52 @@ def linear_sample_loss_backward(
     clip: float, penalty: float = 0.0, ignore_index: int = -100, label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Each chunk's logits again, turned into their gradient in place, then the two GEMMs that use it."""
-    dtype = accumulate_dtype(h)
+    """Each chunk's logits again, turned into their gradient in place, then the two GEMMs that use it.
+
+    With fewer rows than classes a chunk is a stretch of classes for all rows: its part of the weight's gradient is whole,
+    and what is added up is the smaller gradient, of h (float32, beside the logits' chunk). Else a chunk is a stretch of rows.
+    """
     rows, target = h.reshape(-1, h.shape[-1]), target.contiguous()
     scale = _launch_scales(grad, target, ce, clip, penalty, ignore_index, reduction)
     t = target.shape[1] if target.dim() == 2 else 1
-    ids, z = target.view(-1), lse.contiguous().view(2, target.numel())
+    ids, z, classes = target.view(-1), lse.contiguous().view(2, target.numel()), len(weight)
+    options = t, ignore_index, label_smoothing, classes
+    across = _across if len(rows) < classes else _along
+    dh, dweight, dbias = across(rows, weight, bias, lambda d, first, begin: _launch_backward(d, ids, z, scale, d, *options, first, begin))
+    return dh.view(h.shape), dweight, dbias
+
+
+def _across(rows: Tensor, weight: Tensor, bias: Tensor | None, differentiate) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, weight and bias by stretches of classes; differentiate: logits → their gradient, in place."""
+    dtype = accumulate_dtype(rows)
+    dh = torch.zeros_like(rows, dtype=dtype)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = weight.new_empty(0 if bias is None else len(weight))
+    for lo, hi in _chunks(len(weight), len(rows) * rows.element_size()):
+        d = torch.nn.functional.linear(rows, weight[lo:hi], None if bias is None else bias[lo:hi])
+        differentiate(d, 0, lo)
+        torch.mm(d.T, rows, out=dweight[lo:hi])
+        if bias is not None:
+            dbias[lo:hi] = d.sum(0, dtype=dtype)
+        for first, last in _chunks(len(rows), 4 * rows.shape[1] * rows.element_size()):  # of a quarter: the sum's temporary
+            dh[first:last] += d[first:last] @ weight[lo:hi]
+    return dh.to(rows.dtype), dweight, dbias
+
+
+def _along(rows: Tensor, weight: Tensor, bias: Tensor | None, differentiate) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by stretches of rows."""
+    dtype = accumulate_dtype(rows)
     dh = torch.empty_like(rows)
     dweight = torch.zeros_like(weight, dtype=dtype)
     dbias = weight.new_zeros(0 if bias is None else len(weight), dtype=dtype)
-    for lo, hi in _row_chunks(rows, len(weight)):
+    for lo, hi in _chunks(len(rows), len(weight) * rows.element_size()):
         d = torch.nn.functional.linear(rows[lo:hi], weight, bias)
-        _launch_backward(d, ids, z, scale, d, t, lo, ignore_index, label_smoothing)
+        differentiate(d, lo, 0)
         torch.mm(d, weight, out=dh[lo:hi])
         dweight += d.T @ rows[lo:hi]
         if bias is not None:
             dbias += d.sum(0, dtype=dtype)
-    return dh.view(h.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dh, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 def refuse(op: str, *args) -> str | None:

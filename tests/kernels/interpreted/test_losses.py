@@ -37,11 +37,12 @@ def test_sample_loss(shape, options, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_linear_sample_loss_in_chunks(options, dtype, monkeypatch):
-    monkeypatch.setattr(sample_loss, "LOGIT_BYTES", 10 * 129 * dtype.itemsize)
-    _, target = problem((3, 7, 129), dtype, options[2])
-    h, weight = torch.randn(3, 7, 24).to(dtype), torch.randn(129, 24).to(dtype)
-    for bias in (None, torch.randn(129).to(dtype)):
+@pytest.mark.parametrize("classes", [13, 129])  # fewer than rows: stretches of rows; more: of classes
+def test_linear_sample_loss_in_chunks(classes, options, dtype, monkeypatch):
+    monkeypatch.setattr(sample_loss, "LOGIT_BYTES", 10 * classes * dtype.itemsize)
+    _, target = problem((3, 7, classes), dtype, options[2])
+    h, weight = torch.randn(3, 7, 24).to(dtype), torch.randn(classes, 24).to(dtype)
+    for bias in (None, torch.randn(classes).to(dtype)):
         check(sample_loss, "linear_sample_loss", h, weight, bias, target, *options)
         _, ce, lse = reference.linear_sample_loss(h, weight, bias, target, *options)
         args = (torch.randn(3), h, weight, bias, target, ce, lse, *options)
