@@ -24,6 +24,7 @@ RANDOM = {
     2: [dict(BM=64, BN=32, BK=64, num_warps=4, num_stages=2), dict(BM=64, BN=64, BK=64, num_warps=8, num_stages=2)],
     4: [dict(BM=64, BN=32, BK=32, num_warps=4, num_stages=2), dict(BM=32, BN=64, BK=32, num_warps=4, num_stages=2)],
 }
+MANY = dict(BM=128, BN=32, BK=64, num_warps=8, num_stages=2)  # more than 64 samples, 2 bytes: half as many draws
 
 
 @triton.jit
@@ -68,8 +69,8 @@ def _random(
 
     BLOCKED: size and base are multiples of 4, so one Philox call gives four neighbours.
     TURNED: rows of d_in stand channels fastest in the scratch, kernel positions (volume of them) fastest in the stream.
-    Bytes: the scratch, from L2; the basis costs none.  FLOPs: 2·n·k·width, and about 25 integer operations an element
-    of D and block of samples, 100 where not BLOCKED.  Limit: integer arithmetic.  Fraction reached: not yet run on a GPU.
+    Bytes: the scratch, from L2; the basis costs none.  FLOPs: 2·n·k·width, and about 34 integer operations an element of D and
+    block of samples (counted from SASS), 100 where not BLOCKED.  Limit: integer arithmetic.  Fraction reached: not yet run on a GPU.
     """
     cols = tl.cdiv(k, BN)
     i = (tl.program_id(0) // cols) * BM + tl.arange(0, BM)
@@ -234,7 +235,7 @@ def _drawn(shape: Layer, s: Side, k: int, volume: int, seed: int, offset: int, k
         return s.a.new_zeros(s.n, k, dtype=torch.float32)
     size = shape.groups * shape.d_in * shape.d_out
     dtype = tiles.scratch_dtype(s.a.dtype)
-    cfg = tune.config("random", RANDOM[dtype.itemsize], str(dtype))
+    cfg = MANY if s.n > 64 and dtype.itemsize == 2 else tune.config("random", RANDOM[dtype.itemsize], str(dtype))
 
     def contract(scratch, partial, width, at, first):
         count = partial.shape[0]
