@@ -20,6 +20,10 @@ PAIRS = {
     2: [dict(BM=64, BN=128, BK=32, num_warps=8, num_stages=4), dict(BM=64, BN=128, BK=64, num_warps=8, num_stages=3)],
     4: [dict(BM=32, BN=64, BK=32, num_warps=8, num_stages=2), dict(BM=64, BN=64, BK=16, num_warps=8, num_stages=2)],
 }
+# operands that are not aligned come one element at a time, through registers of their own
+ODD = {2: dict(BM=64, BN=64, BK=32, num_warps=8, num_stages=3), 4: dict(BM=32, BN=32, BK=32, num_warps=4, num_stages=2)}
+# on sm_90 a third of the operands in registers is not there, and 128 × 128 reads 64 FLOP a byte from the L2 where 64 × 128 reads 43
+ROWS = {2: [*PAIRS[2], dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3, on=9)], 4: PAIRS[4]}
 # matching ids keeps a block of comparisons beside the two of products: smaller tiles, no spills
 LOOKUP = {
     2: [dict(BM=64, BN=64, BK=32, num_warps=8, num_stages=4), dict(BM=32, BN=64, BK=64, num_warps=4, num_stages=3)],
@@ -194,7 +198,7 @@ def gram_layers(a: list[Tensor], b: list[Tensor], a2: list[Tensor], b2: list[Ten
         aligned &= all(x.data_ptr() % 16 == 0 for x in four) and all(v % 16 == 0 for v in strides + widths)
     if 0 in (n, m):
         return like.new_zeros(n, m, dtype=torch.float32)
-    cfg = tune.config("rows", PAIRS[like.element_size()], str(like.dtype))
+    cfg = tune.config("rows", ROWS[like.element_size()], str(like.dtype), aligned)
     if aligned and like.dtype == torch.float32 and torch.version.hip is None:
         cfg = {**cfg, "maxnreg": 128}  # else ptxas may stop at 80 registers for a third block, and spill
     high, wide = cdiv(n, cfg["BM"]), cdiv(m, cfg["BN"])
@@ -226,6 +230,10 @@ def _launch_pairs(shape: Layer, left: Side, right: Side | None, ids=None, ids2=N
     match = ids is not None
     configs = (LOOKUP if match else PAIRS)[left.b.element_size()]
     cfg = tune.config("lookup" if match else "pairs", configs, str(left.b.dtype))
+    if not match and not (shape.aligned(left) and shape.aligned(other)):
+        cfg = ODD[left.b.element_size()]
+    elif left.b.dtype == torch.float32 and tune.major() == 8:
+        cfg = {**cfg, "maxnreg": 192}  # else ptxas may stop at 80 for a third block, and spill
     tb, sb = pair_blocks(left.t, other.t, cfg["BM"], cfg["BN"])
     programs = cdiv(left.n, cfg["BM"] // tb) * cdiv(other.n, cfg["BN"] // sb)
     _pairs[(programs,)](

@@ -49,6 +49,11 @@ class Layer:
     def tabled(self) -> bool:
         return self.rows is not None
 
+    def aligned(self, s: Side) -> bool:
+        """Whether the factors' elements come 16 bytes at a time."""
+        counts = self.d_in, self.d_out, s.a_sample, s.a_position, s.b_sample, s.b_position, s.a.data_ptr(), s.b.data_ptr()
+        return vector(*counts) == 16 and (self.vec == 16 or not self.tabled)
+
     def tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The two tables, or any pointer for kernels that will not read them."""
         return (self.rows, self.columns) if self.tabled else (like, like)

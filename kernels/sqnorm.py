@@ -115,7 +115,7 @@ def _by_pairs(shape: Layer, s: Side, ids=None, padding_idx: int = -1) -> Tensor:
 
 
 def _by_tiles(shape: Layer, s: Side) -> Tensor:
-    cfg = tune.config("form", FORM[s.a.element_size()], str(s.a.dtype))
+    cfg = tune.config("form", FORM[s.a.element_size()], str(s.a.dtype), shape.aligned(s))
     tiles = shape.groups * cdiv(shape.d_out, cfg["BO"]) * cdiv(shape.d_in, cfg["BC"])
     partial = s.b.new_empty(s.n, tiles, dtype=torch.float32)
     _tile_norms[(tiles * s.n,)](

@@ -17,13 +17,16 @@ from .layer import Layer, Side, column_offsets, row_offsets
 
 SCRATCH_BYTES = 24 << 20  # per side; half of an H100's 50 MB L2 for two sides
 FORM = {
-    2: [dict(BO=128, BC=128, BT=32, num_warps=8, num_stages=3), dict(BO=64, BC=128, BT=64, num_warps=4, num_stages=3)],
+    # a tile of o × c reads (o + c)·t elements from the L2: 85 FLOP a byte for 128 × 256, 64 for 128²
+    2: [dict(BO=128, BC=128, BT=32, num_warps=8, num_stages=3), dict(BO=64, BC=128, BT=64, num_warps=4, num_stages=3),
+        dict(BO=128, BC=256, BT=64, num_warps=8, num_stages=3, on=9)],
     4: [dict(BO=64, BC=64, BT=32, num_warps=8, num_stages=2), dict(BO=64, BC=64, BT=16, num_warps=4, num_stages=3)],
 }
 ACCUMULATE = {
     2: [dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3), dict(BM=64, BN=64, BK=128, num_warps=4, num_stages=3)],
     4: [dict(BM=64, BN=64, BK=16, num_warps=8, num_stages=2), dict(BM=64, BN=64, BK=32, num_warps=8, num_stages=2)],
 }
+FEW = {2: [dict(BM=64, BN=64, BK=64, num_warps=4, num_stages=4)], 4: ACCUMULATE[4]}  # at most 64 rows on one side
 
 
 @triton.jit
@@ -74,13 +77,14 @@ def _form(
 @triton.jit
 def _accumulate(
     x, y, partial, n, m, x_pitch, y_pitch, width, per_split, first,
-    SYMMETRIC: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ALONE: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial[split] (n, m) += x (n, width) · y (m, width)ᵀ over this split's columns; set, not added, when first.
 
     Each split owns its partial: launches of one stream add in order, so the sum is the same every time.
-    Bytes: (n + m)·width of the scratch, from L2.  FLOPs: 2·n·m·width, half when symmetric (tiles below the diagonal
-    return at once).  Limit: tensor cores.  Fraction reached: not yet run on a GPU.
+    ALONE: x is y, and all of it one tile: read once for both.
+    Bytes: (n + m)·width of the scratch, from L2; half when alone.  FLOPs: 2·n·m·width, half when symmetric (tiles below
+    the diagonal return at once).  Limit: the L2 at n ≤ 128, else tensor cores.  Fraction reached: not yet run on a GPU.
     """
     tiles = tl.cdiv(m, BN)
     i0 = (tl.program_id(0) // tiles) * BM
@@ -98,10 +102,13 @@ def _accumulate(
         c = k + tl.arange(0, BK)
         cm = c < stop
         u = tl.load(x + xo[:, None] + c[None, :], mask=im[:, None] & cm[None, :], other=0.0)
-        v = tl.load(y + yo[:, None] + c[None, :], mask=jm[:, None] & cm[None, :], other=0.0)
-        if u.dtype != v.dtype:
-            u, v = u.to(tl.float32), v.to(tl.float32)
-        acc = tl.dot(u, tl.trans(v), acc, input_precision=PREC)
+        if ALONE:
+            acc = tl.dot(u, tl.trans(u), acc, input_precision=PREC)
+        else:
+            v = tl.load(y + yo[:, None] + c[None, :], mask=jm[:, None] & cm[None, :], other=0.0)
+            if u.dtype != v.dtype:
+                u, v = u.to(tl.float32), v.to(tl.float32)
+            acc = tl.dot(u, tl.trans(v), acc, input_precision=PREC)
     at = partial + tl.program_id(1).to(tl.int64) * n * m + i.to(tl.int64)[:, None] * m + j[None, :]
     mask = im[:, None] & jm[None, :]
     if first == 0:
@@ -158,7 +165,7 @@ def chunks(samples: int, layer: Layer, itemsize: int, whole_rows: bool = False):
 def form(layer: Layer, s: Side, group: int, scratch: Tensor, chunk: tuple[int, int, int, int]) -> None:
     """Gradients of all samples of ``s``, for one chunk of one group, into scratch (≥ n, pitch)."""
     o, o_count, c, c_count = chunk
-    cfg = tune.config("form", FORM[s.a.element_size()], str(s.a.dtype))
+    cfg = tune.config("form", FORM[s.a.element_size()], str(s.a.dtype), layer.aligned(s))
     grid = (cdiv(o_count, cfg["BO"]) * cdiv(c_count, cfg["BC"]) * s.n,)
     a = s.a.flatten()[group * layer.a_group :] if layer.tabled else s.a
     b = s.b.flatten()[group * layer.b_group :] if layer.tabled else s.b
@@ -171,12 +178,15 @@ def form(layer: Layer, s: Side, group: int, scratch: Tensor, chunk: tuple[int, i
 def accumulate(x: Tensor, y: Tensor, partial: Tensor, width: int, first: bool, symmetric: bool, exact: str) -> None:
     """partial (splits, n, m) += x[:, :width] · y[:, :width]ᵀ; x, y with unit stride inside."""
     count, n, m = partial.shape
-    cfg = tune.config("accumulate", ACCUMULATE[max(x.element_size(), y.element_size())], str(x.dtype))
+    name, configs = ("few", FEW) if min(n, m) <= 64 else ("accumulate", ACCUMULATE)
+    cfg = tune.config(name, configs[max(x.element_size(), y.element_size())], str(x.dtype))
+    alone = symmetric and n <= cfg["BM"] == cfg["BN"]
     per = cdiv(cdiv(width, count), cfg["BK"]) * cfg["BK"]
     grid = (cdiv(n, cfg["BM"]) * cdiv(m, cfg["BN"]), count)
     _accumulate[grid](
-        x, y, partial, n, m, x.stride(0), y.stride(0), width, per, int(first), SYMMETRIC=symmetric, PREC=exact, **cfg
-    )
+        x, y, partial, n, m, x.stride(0), y.stride(0), width, per, int(first), SYMMETRIC=symmetric, ALONE=alone,
+        PREC=exact, **cfg,
+    )  # fmt: skip
 
 
 def partials(n: int, m: int, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def _contractions(dtype: torch.dtype, device) -> None:
         gram.gram(*factors, route=route)
         gram.gram(*factors, *factors, route=route)
         sqnorm.sqnorm(*factors)
+    gram.gram(*_factors(96, 64, 64, dtype, device), route="tiles")
     gram.gram_layers(*([f[:, 0]] * 2 for f in few), [], [])  # a split of the layers
     for route in ("pairs", "tiles"):
         gram.gram_conv(x, g, *shape, route=route)
@@ -87,7 +88,7 @@ def _sweep(dtype: torch.dtype, device) -> None:
     size, key = dtype.itemsize, str(dtype)
     rows, few, many = (_factors(n, t, 768, dtype, device) for n, t in ((1024, 1), (256, 16), (128, 196)))
     w = torch.zeros(2, 128, device=device)
-    tune.sweep("rows", gram.PAIRS[size], key, lambda: gram.gram(*rows, route="rows"))
+    tune.sweep("rows", gram.ROWS[size], key, lambda: gram.gram(*rows, route="rows"))
     tune.sweep("pairs", gram.PAIRS[size], key, lambda: gram.gram(*few, route="pairs"))
     tune.sweep("form", tiles.FORM[size], key, lambda: gram.gram(*many, route="tiles"))
     scratch = tiles.scratch_dtype(dtype)

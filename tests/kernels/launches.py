@@ -13,12 +13,14 @@ from pathlib import Path
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes one block may have
+MAJOR = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "gfx942": None}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def record(calls) -> list[tuple]:
-    """(kernel, arguments by name, options) of every launch that ``calls()`` makes; nothing runs."""
+def record(calls, target: str | None = None) -> list[tuple]:
+    """(kernel, arguments by name, options) of every launch that ``calls()`` makes, on ``target`` if given; nothing runs."""
     import torch
+    from entangle_fast.kernels import tune
     from triton.runtime.jit import JITFunction
 
     found = []
@@ -33,11 +35,11 @@ def record(calls) -> list[tuple]:
             if isinstance(x, torch.Tensor):
                 x.zero_()  # nothing was computed: wrappers that read a count back must read none
 
-    kept, JITFunction.run = JITFunction.run, run
+    kept, JITFunction.run, major, tune.major = JITFunction.run, run, tune.major, lambda: MAJOR.get(target)
     try:
         calls()
     finally:
-        JITFunction.run = kept
+        JITFunction.run, tune.major = kept, major
     return found
 
 
@@ -132,6 +134,12 @@ def workloads() -> dict:
             gram.gram_layers(*layers, *layers)
             gram.gram(*rows, *rows, route="rows")
             gram.gram(*few, route="pairs")
+            odd, other = factors(37, 16, 51, 43, dtype), factors(29, 5, 51, 43, dtype)
+            gram.gram(*odd, *other, route="pairs")
+            gram.gram(*odd, route="pairs")
+            gram.gram(*odd, route="tiles")
+            gram.gram_layers([odd[0][:, 0]] * 2, [odd[1][:, 0]] * 2, [], [])
+            gram.gram(*factors(96, 64, 64, 64, dtype), route="tiles")
             gram.gram(*many, route="tiles")
             gram.gram(*many, *many, route="tiles")
             gram.gram_conv(x, g, *shape, route="tiles")
@@ -147,6 +155,7 @@ def workloads() -> dict:
             for kind in ("sign", "gaussian"):
                 project.project_random(*many, 16, seed=2**40, kind=kind)
                 project.project_random_conv(x, g, 16, *shape, seed=2**40, kind=kind)
+                project.project_random(*factors(96, 64, 64, 64, dtype), 16, seed=2**40, kind=kind)
 
         return run
 
@@ -230,9 +239,9 @@ def main() -> None:
     for name, calls in workloads().items():
         if wanted and name not in wanted:
             continue
-        for launch in unique(record(calls)):
-            row = {target: compile_for(target, launch)[1] for target in TARGETS}
-            print(f"{label(launch):50s}", json.dumps({t: [*r.values()] for t, r in row.items()}), flush=True)
+        for target in TARGETS:
+            for launch in unique(record(calls, target)):
+                print(f"{label(launch):50s}", target, json.dumps([*compile_for(target, launch)[1].values()]), flush=True)
 
 
 if __name__ == "__main__":
