@@ -20,6 +20,21 @@
 #        WRONG in the table: no time is given; a kernel that hangs or faults costs its job alone; no counters: the profile says why
 #   3  SECONDS_IN_ALL=400 bash bench/gpu.sh sanitize                      3-6 min. A tool that runs out of time says what it had run
 #   4  what is left: the mended tests alone, python3 -m pytest tests/gpu -k NAME, then the matrix again
+# First suspects where a number falls short, by what was counted from SASS, in this order: the ncu metric that would show it; the mend
+#   gram tiles, triton   2 launches a chunk from Python, 25 at n 64 t 197 768×3072: gaps between kernels (nsys)  CUDA graph, or cuda
+#   gram tiles, cuda     form_wgmma: 46 FLOP a byte of L2 at t 197, so 36 % of the bf16 rate; 73 at t 1024: 58 %: lts__throughput
+#                        .avg.pct_of_peak_sustained_elapsed > 80   cluster of 2 along d_out, a by multicast: 44 and 80 %
+#                        below, with tensor < 60: the 24 launches wait for each other   programmatic dependent launch
+#   gram rows            64 FLOP a byte of L2, 350 TFLOP/s at 5.5 TB/s: 1.2 ms where 5× the loop would be 0.6   clusters: not Triton
+#   project_random       4 signs a Philox call, about 34 integer instructions a sign: sm__inst_executed_pipe_alu, _fma
+#                        128 signs a call: reference/philox.py's sign and all its copies
+#   linear_sample_loss   4 products of n·t·d·V where Liger has 3: its speed is out of reach, 3/4 is the limit
+#   step_update, triton  44 registers, so 4 waits for DRAM a block of 1024: smsp__average_warp_latency_issue_stalled_long_scoreboard
+#                        multi.WAVES 8 → 11, or 2 blocks' loads at once
+#   step_gram            registers 126 (triton), 115 (cuda): 49 KB in flight: dram__throughput < 85   waves, kThreads
+#   sample_loss 50257    rows that begin anywhere: Triton loads 2 bytes: l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld
+#                        .ratio ~ 2   peel to 16 bytes as sample_loss.cu does
+#   w2 moments n 1e6     2 kernels of 3 µs each, of 7.6 allowed: gpu__time_duration   one kernel with a last block
 # Then copy $OUT/results into bench/results/, python bench/dispatch_table.py, commit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
