@@ -86,7 +86,8 @@ template <class T, class F> EF_DEVICE void over_row(Span<const T> row, const T* 
 
 template <class A> EF_DEVICE A penalised(A ce, double penalty) { return ce - (A)penalty / (ce + (A)kPenaltyEps); }
 
-template <class T, int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? kThreads : THREADS, 1)
+template <class T, int THREADS>
+__global__ void __launch_bounds__(THREADS == 32 ? kThreads : THREADS, sizeof(Acc<T>) == 8 ? 1 : 2)
 forward(LossOptions o, const T* logits_, const int64_t* target_, Acc<T>* lse_, Acc<T>* position_, Acc<T>* loss_, Acc<T>* ce_) {
   using A = Acc<T>;
   const Span<const T> logits(logits_);
