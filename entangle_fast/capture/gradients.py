@@ -1,7 +1,7 @@
 """Gradients followed as activations are: what hooks and custom autograd.Functions make of them while the backward runs.
 
 Only gradients carry samples here; activations that such code kept are constants to it. What it computes by other means than
-torch's functions (numpy, kernels of its own) is not seen, nor are hooks on a grad_fn itself: autograd lists them nowhere.
+torch's functions (numpy, Python numbers from .item(), kernels of its own) is not seen, nor are hooks on a grad_fn itself: autograd lists them nowhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.hooks import BackwardHook
 
 from .errors import CaptureError
 from .place import Lost, Place, Row
-from .places import Places
+from .places import Places, noted
 from .sources import tensors_in
 
 
@@ -33,6 +33,10 @@ class Gradients(Places):
     def of(self, x: Tensor):
         return self.get(x)
 
+    def _sharing(self, y: Tensor) -> list[Tensor]:
+        memory = _memory(y)  # without autograd a view does not say of what, and .data never does
+        return [x for x, _ in self.alive() if x is not y and memory is not None and _memory(x) == memory]
+
     def run(self, what: str, code: Callable, args: Sequence, grads: Sequence, places: Sequence, wanted: Sequence):
         """``code(*args)`` with the samples of ``grads`` at ``places``; a CaptureError unless what it returns has them as ``wanted``.
 
@@ -43,7 +47,8 @@ class Gradients(Places):
                 self.put(g, place)
         with _Following(self):
             out = code(*args)
-        for y, want in zip(out if isinstance(out, (tuple, list)) else (out,), wanted):
+        returned = zip(out if isinstance(out, (tuple, list)) else (out,), wanted)
+        for y, want in (*returned, *zip(grads, places)):  # those that it was given, too: it may have written to them
             found = self.get(y) if isinstance(y, Tensor) and want is not None else None
             moved = isinstance(found, Place) and isinstance(want, Place) and _where(found) != _where(want)
             if isinstance(found, (Lost, Row)) or moved:
@@ -51,10 +56,17 @@ class Gradients(Places):
                     "those of one sample are all that is left"
                 )  # fmt: skip
                 raise CaptureError(
-                    f"{what}: the gradients that it returns are not one per sample, in the samples' order: {why}; remove it, or where it "
+                    f"{what}: the gradients that it leaves are not one per sample, in the samples' order: {why}; remove it, or where it "
                     "does keep the samples apart say ef.capture(model, strict=False)"
                 )
         return out
+
+
+def _memory(x: Tensor) -> int | None:
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or inside vmap
+        return None
 
 
 class _Following(TorchFunctionMode):
@@ -105,7 +117,9 @@ def watch_nodes(tape, nodes: Iterable, graph: Iterable, anchor) -> None:
     """
     reach = _leading_to(anchor, graph)
     with DisableTorchFunction():
-        known = {(x.grad_fn, x.output_nr): place for x, place in tape.places.alive() if x.grad_fn is not None}
+        alive = {(x.grad_fn, x.output_nr): place for x, place in tape.places.alive() if x.grad_fn is not None}
+        into = {node for foreign in nodes for node in (foreign, *(parent for parent, _ in foreign.next_functions)) if node is not None}
+        known = {(node, k): place for node in into for k, place in noted(node).items()} | alive
         for node in nodes:
             (_watch_module_hooks if node._forward_cls is BackwardHookFunction else _watch_backward)(tape, node, known, reach)
 

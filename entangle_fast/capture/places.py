@@ -28,6 +28,7 @@ class Places:
     def __init__(self, tape):
         self._tape = weakref.ref(tape)  # no cycle: factors go when the tape goes
         self._at: dict[int, tuple[weakref.ref, object]] = {}
+        self._inside: set[int] = set()  # ids of what was made without autograd, as in a custom Function
         self._constants: dict[int, weakref.ref] = {}  # functional code only: made inside the `with` from nothing
         self.called = False  # the model itself was called: then all of the batch is known
 
@@ -42,6 +43,8 @@ class Places:
     def put(self, x: Tensor, place) -> None:
         self._at[id(x)] = (weakref.ref(x), place)
         self._constants.pop(id(x), None)
+        if not torch.is_grad_enabled():
+            self._inside.add(id(x))
 
     def forget(self, x: Tensor) -> None:
         self._at.pop(id(x), None)
@@ -87,6 +90,7 @@ class Places:
         if target is not None:  # by its sizes only where it is alone: it may be a part of what is being put together
             mine = self.get(target) if placed else self.of(target)
             placed = placed if mine is None else [(target, mine), *placed]
+        self._note(placed)
         if len(placed) == 1 and type(out) is Tensor and self._stays(name, args, *placed[0], out):  # most calls
             return self.put(out, placed[0][1])
         if any(not isinstance(p, Place) or not p.soft for _, p in placed):
@@ -115,6 +119,13 @@ class Places:
             if in_place and not alone and (before != place or isinstance(place, Lost)):
                 self._rewritten(y, place, name)
 
+    def _note(self, placed: list) -> None:
+        """Keep on the graph where the samples are in what a custom Function takes and returns: the backward asks, when they may be gone."""
+        inside = not torch.is_grad_enabled()
+        for x, place in placed:
+            if (inside or id(x) in self._inside) and isinstance(place, Place) and (node := x.grad_fn) is not None:
+                node.metadata.setdefault(_NOTED, {})[x.output_nr] = place
+
     def _stays(self, name: str, args: tuple, x: Tensor, place, out: Tensor) -> bool:
         """The common case, told quickly: every sample stays where it was."""
         if type(place) is not Place or place.soft or name.endswith("_"):
@@ -129,9 +140,7 @@ class Places:
 
     def _rewritten(self, y: Tensor, place, name: str) -> None:
         """y was written to, and its samples are elsewhere now: so are those of the tensors that share its memory."""
-        root = y if y._base is None else y._base
-        others = [x for x, _ in self.alive() if x is not root and x._base is root]
-        for x in (x for x in (root, *others) if x is not y):
+        for x in self._sharing(y):
             whole = [d for d in range(x.dim()) if isinstance(place, Place) and place.axis < y.dim()
                      and (x.shape[d], x.stride(d)) == (y.shape[place.axis], y.stride(place.axis))]  # fmt: skip
             there = place.at(whole[0]) if len(whole) == 1 else None
@@ -139,6 +148,10 @@ class Places:
             if there is None or known not in (None, there) and not getattr(known, "soft", False):
                 there = Lost(f"{name}(…) writes samples into a part of it", x.requires_grad)
             self.put(x, there)
+
+    def _sharing(self, y: Tensor) -> list[Tensor]:
+        root = y if y._base is None else y._base
+        return [x for x in (root, *(x for x, _ in self.alive() if x is not root and x._base is root)) if x is not y]
 
     def _says_nothing(self, x: Tensor) -> bool:
         return self.is_constant(x) or x in self.tape.sources
@@ -194,6 +207,11 @@ class Places:
         return Lost(f"{name}(…) leaves {tuple(y.shape)}, in which the {n} samples cannot be found")
 
 
+def noted(node) -> dict[int, Place]:
+    """Of a node of the graph: where the samples are in its outputs, as far as a custom Function was concerned with them."""
+    return node.metadata.get(_NOTED, {})
+
+
 def _inside_a_function() -> bool:
     """In the forward of an autograd Function, where nothing requires a gradient and yet it may flow."""
     frame = None if torch.is_grad_enabled() else sys._getframe(1)
@@ -202,6 +220,7 @@ def _inside_a_function() -> bool:
     return frame is not None
 
 
+_NOTED = "entangle_fast.places"
 _APPLY = torch.autograd.Function.apply.__func__.__code__
 _MADE = {"arange", "linspace", "eye", "zeros", "ones", "full", "empty", "tril_indices", "triu_indices"}  # from nothing
 _FILLED = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"}

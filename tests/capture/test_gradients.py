@@ -30,6 +30,14 @@ KEEP = {
 }
 
 
+WRITES = {
+    "in place": lambda g: g.sub_(g.mean(0)),
+    "one row": lambda g: g[0].copy_(g.sum(0)),
+    "through a view": lambda g: (v := g.view(-1)).sub_(v.mean()),
+    "through .data": lambda g: g.data.sub_(g.data.mean(0)),
+}
+
+
 def function(change, outside=None):
     class Custom(torch.autograd.Function):
         @staticmethod
@@ -88,6 +96,45 @@ def test_samples_that_meet_are_refused(where, how):
         tape.backward(squares(net(x)))
     with ef.capture(net, strict=False) as tape:
         tape.backward(squares(net(x)))
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("where", ["hook", "module", "module before"])
+def test_hooks_that_return_nothing_but_write_are_refused(where, how):
+    def silent(module, *grads):
+        WRITES[how](grads[0][0])
+
+    if where == "hook":
+        middle = hooked(lambda g: silent(None, (g,)))
+    else:
+        middle = nn.Tanh()
+        (middle.register_full_backward_hook if where == "module" else middle.register_full_backward_pre_hook)(silent)
+    net, x = lively(model(middle)), torch.randn(N, 6).double()
+    with pytest.raises(ef.CaptureError, match=f"{WHERE[where][1].replace('Module', 'Tanh')}.*strict=False"), ef.capture(net) as tape:
+        tape.backward(squares(net(x)))
+
+
+def test_hooks_that_return_nothing_but_scale_in_place_are_exact():
+    def halve(g):
+        g.view(-1).mul_(0.5)
+
+    agree(simple(model(hooked(halve)), 6))
+
+
+@pytest.mark.parametrize("how", ["centred", "reversed", "one for all", "turned"])
+def test_samples_that_meet_between_tensors_that_are_gone(how):
+    """As many features as samples, and neither what went into the Function nor what came out is alive in the backward."""
+    middle = function({**MIX, "turned": lambda g: g.T}[how])
+    net, x = lively(model(lambda h: middle(h.tanh()).tanh() * 1.5, d=N)), torch.randn(N, 6).double()
+    with pytest.raises(ef.CaptureError, match="autograd.Function Custom"), ef.capture(net) as tape:
+        tape.backward(squares(net(x)))
+
+
+@pytest.mark.parametrize("how", KEEP)
+def test_samples_that_stay_apart_between_tensors_that_are_gone(how):
+    change = KEEP[how] if how != "frozen product" else lambda g: g @ torch.linspace(-1, 1, N * N, dtype=g.dtype).view(N, N)
+    middle = function(change)
+    agree(simple(model(lambda h: middle(h.tanh()).tanh() * 1.5, d=N), 6))
 
 
 @pytest.mark.parametrize("how", KEEP)
