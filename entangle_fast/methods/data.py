@@ -10,6 +10,7 @@ from itertools import combinations
 
 import torch
 from torch import Tensor, nn
+from torch.utils import data as loading
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from .training import batch_order, in_mode
@@ -32,6 +33,7 @@ class SampleSet:
             name, data = data.name, data.tensors or data.dataset
         self.name, self.device, self.seed, self.augment = name, torch.device(device), seed, augment
         if isinstance(data, DataLoader):
+            _refuse_choices(name, data)
             data = data.dataset
         self.tensors, self.dataset = None, None
         if isinstance(data, IterableDataset) or (isinstance(data, Dataset) and not hasattr(data, "__len__")):
@@ -236,6 +238,22 @@ def _rows_of(dataset: Dataset) -> tuple[Dataset, Sequence[int]]:
         return dataset, range(len(dataset))
     base, rows = _rows_of(dataset.dataset)
     return base, [rows[int(i)] for i in dataset.indices]
+
+
+def _refuse_choices(name: str, loader: DataLoader) -> None:
+    """Only the loader's data set is used: what else it does to samples must not be dropped silently."""
+    sampler, batches, collate = loader.sampler, loader.batch_sampler, loader.collate_fn
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    if type(batches) not in (loading.BatchSampler, type(None)):
+        sampler = batches
+    every = type(sampler) is loading.SequentialSampler or type(sampler) is loading.RandomSampler and not sampler.replacement
+    if not (every and len(sampler) == len(loader.dataset)):
+        raise ValueError(f"{name}: got a DataLoader whose {type(sampler).__name__} chooses samples, but all of its data set would be used; "
+                         "needs the samples themselves: torch.utils.data.Subset(dataset, indices)")  # fmt: skip
+    if collate not in (default_collate, loading.default_convert):
+        raise ValueError(f"{name}: got a DataLoader with a collate_fn, which would not be called; needs a Dataset of pairs (x, y): do it "
+                         "in its __getitem__")  # fmt: skip
 
 
 def _kind(data) -> str:

@@ -160,7 +160,10 @@ def embed(model: nn.Module, data: Tensor | Samples, layer: str | None = None, ba
                              "pooling")
         return features
 
-    handle = modules[layer].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    def keep(module, args, kwargs):
+        inputs[:] = [(*args, *kwargs.values())[0].clone()]  # the layer may write to it
+
+    handle = modules[layer].register_forward_pre_hook(keep, with_kwargs=True)
     try:
         return answers(model, samples, take, batch_size)
     finally:

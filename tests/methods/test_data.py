@@ -3,7 +3,8 @@
 import pytest
 import torch
 from small import data, sets
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils import data as loading
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from entangle_fast.methods.data import Data, SampleSet, measured_sets, unlabelled
 
@@ -27,6 +28,29 @@ def test_tensors_and_datasets_give_the_same_batches():
     pair = sets()["remote"]
     held, read = SampleSet("remote", pair, "cpu", 0), SampleSet("remote", TensorDataset(*pair), "cpu", 0)
     assert all(torch.equal(a, b) for a, b in zip(held.batch(3, 8), read.batch(3, 8)))
+
+
+CHOOSES = {
+    "SubsetRandomSampler": dict(sampler=loading.SubsetRandomSampler([1, 2, 3])),
+    "WeightedRandomSampler": dict(sampler=loading.WeightedRandomSampler([1.0] * 20, 20)),
+    "RandomSampler": dict(sampler=loading.RandomSampler(range(20), num_samples=5)),
+    "list": dict(batch_sampler=[[1, 2], [3]]),
+    "collate_fn": dict(collate_fn=lambda samples: samples),
+}
+
+
+@pytest.mark.parametrize("what", CHOOSES)
+def test_a_loader_whose_choice_would_be_dropped_is_refused(what):
+    with pytest.raises(ValueError, match=f"forget: got a DataLoader.*{what}"):
+        SampleSet("forget", DataLoader(TensorDataset(torch.randn(20, 2), torch.zeros(20)), **CHOOSES[what]), "cpu")
+
+
+@pytest.mark.parametrize("how", [
+    {}, dict(shuffle=True, batch_size=3), dict(batch_size=None), dict(drop_last=True, batch_size=3),
+])  # fmt: skip
+def test_a_loader_of_all_samples_is_its_data_set(how):
+    pair = torch.randn(20, 2), torch.zeros(20)
+    assert torch.equal(SampleSet("forget", DataLoader(TensorDataset(*pair), **how), "cpu").take(torch.arange(20))[0], pair[0])
 
 
 def test_augmented_draws_are_a_function_of_seed_and_batch():

@@ -100,6 +100,24 @@ def test_embed_cleans_up_after_an_error(model):
     assert [m.training for m in model.modules()] == modes and hooks(model) == 0
 
 
+def test_embed_takes_what_goes_into_a_layer_that_writes_to_it():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)), torch.randn(6, 4)
+    torch.testing.assert_close(embed(net, x, layer="1"), net[0](x).detach(), rtol=0, atol=0)
+
+
+def test_embed_takes_an_input_given_by_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(input=2 * x)
+
+    x = torch.randn(6, 4)
+    assert torch.equal(embed(Net(), x), 2 * x)
+
+
 def test_embed_refuses(model):
     with pytest.raises(ValueError, match="layer: got 'nope'"):
         embed(model, torch.randn(2, 4), layer="nope")
