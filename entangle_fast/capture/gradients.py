@@ -1,7 +1,8 @@
 """Gradients followed as activations are: what hooks and custom autograd.Functions make of them while the backward runs.
 
 Only gradients carry samples here; activations that such code kept are constants to it. What it computes by other means than
-torch's functions (numpy, Python numbers from .item(), kernels of its own) is not seen, nor are hooks on a grad_fn itself: autograd lists them nowhere.
+torch's functions (numpy, Python numbers from .item(), kernels of its own) is not seen, nor are hooks on a grad_fn itself: autograd
+lists them nowhere.
 """
 
 from __future__ import annotations

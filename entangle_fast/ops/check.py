@@ -145,6 +145,12 @@ def in_table(ids: Tensor, rows: int) -> None:
     require(0 <= low and high < rows, f"ids: got {low if low < 0 else high}; needs row numbers in [0, {rows})")
 
 
+def padding(row: int | None) -> int:
+    """padding_idx as the operations take it: -1 for none."""
+    require(row is None or row >= 0, f"padding_idx: got {row}; needs a row number >= 0, not counted from the end: add num_embeddings")
+    return -1 if row is None else row
+
+
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     require(value in known, f"{name}: got {value!r}; needs one of {', '.join(map(repr, known))}")
 

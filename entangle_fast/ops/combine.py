@@ -55,4 +55,4 @@ def combine_embedding(
     check.in_table(ids, num_embeddings)
     _weights(w, ids.shape[0])
     check.same_device(ids=ids, w=w)
-    return call("combine_embedding", ids, b, w, num_embeddings, -1 if padding_idx is None else padding_idx)
+    return call("combine_embedding", ids, b, w, num_embeddings, check.padding(padding_idx))

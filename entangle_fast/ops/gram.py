@@ -146,4 +146,4 @@ def gram_embedding(
     if ids2 is not None:
         check.lookup(ids2, b2, "ids2 b2")
         check.require(b.shape[-1] == b2.shape[-1], f"b2: width {b2.shape[-1]} against {b.shape[-1]} in b")
-    return call("gram_embedding", ids, b, ids2, b2, -1 if padding_idx is None else padding_idx)
+    return call("gram_embedding", ids, b, ids2, b2, check.padding(padding_idx))

@@ -52,7 +52,7 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, *, padding_idx: int
     check.in_table(ids, basis.shape[1])
     check.same_device(ids=ids, basis=basis)
     check.real(basis=basis)
-    return call("project_embedding", ids, b, basis, -1 if padding_idx is None else padding_idx)
+    return call("project_embedding", ids, b, basis, check.padding(padding_idx))
 
 
 @check.kinds
@@ -114,5 +114,5 @@ def project_random_embedding(
     check.lookup(ids, b)
     check.directions(k, seed, kind)
     check.in_table(ids, num_embeddings)
-    padding = -1 if padding_idx is None else padding_idx
+    padding = check.padding(padding_idx)
     return call("project_random_embedding", ids, b, k, num_embeddings, seed, offset, kind, padding)

@@ -36,4 +36,4 @@ def sqnorm_embedding(ids: Tensor, b: Tensor, *, padding_idx: int | None = None) 
     Equivalent to: ``torch.einsum("nts,ntd,nsd->n", (ids[:, :, None] == ids[:, None]).to(b.dtype), b, b)`` without padding_idx
     """
     check.lookup(ids, b)
-    return call("sqnorm_embedding", ids, b, -1 if padding_idx is None else padding_idx)
+    return call("sqnorm_embedding", ids, b, check.padding(padding_idx))

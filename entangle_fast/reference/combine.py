@@ -58,7 +58,7 @@ def combine_conv(x: Tensor, g: Tensor, w: Tensor, kernel_size, stride, padding, 
 
 def combine_embedding(ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, padding_idx: int = -1) -> Tensor:
     """ids (n,t), b (n,t,d), w (m, n) → (m, num_embeddings, d)."""
-    dtype = accumulate_dtype(b, w)
+    ids, dtype = ids.long(), accumulate_dtype(b, w)
     b, w = (b if padding_idx < 0 else b * (ids != padding_idx).unsqueeze(-1)).to(dtype), w.to(dtype)
     out = b.new_zeros(len(w), num_embeddings, b.shape[-1])
     # rows of their own where autograd looks: it refuses views that were written to

@@ -116,7 +116,8 @@ def gram_embedding(
     ids (n, t) integers, b (n, t, d). Rows of padding_idx carry no gradient.
     """
     dtype = accumulate_dtype(b)
-    ids2, b2 = (ids, b) if ids2 is None else (ids2, b2)
+    ids2, b2 = (ids.long(), b) if ids2 is None else (ids2.long(), b2)
+    ids = ids.long()
     n, t = ids.shape
     m, s = ids2.shape
     out = torch.zeros(n, m, dtype=dtype, device=b.device)

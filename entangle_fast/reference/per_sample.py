@@ -71,7 +71,7 @@ def embedding(ids: Tensor, b: Tensor, num_embeddings: int, padding_idx: int = -1
     """Per-sample gradient of a lookup table.  ids (n, t), b (n, t, d) → (n, num_embeddings, d)."""
     n, d = ids.shape[0], b.shape[-1]
     t = ids.shape[1:].numel()
-    ids, b = ids.reshape(n, t), b.reshape(n, t, d)
+    ids, b = ids.reshape(n, t).long(), b.reshape(n, t, d)
     b = (b * (ids != padding_idx).unsqueeze(-1)).to(accumulate_dtype(b))
     out = b.new_zeros(n, num_embeddings, d)
     return out.scatter_add_(1, ids.unsqueeze(-1).expand_as(b), b)

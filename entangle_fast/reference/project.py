@@ -34,7 +34,7 @@ def project_conv(x: Tensor, g: Tensor, basis: Tensor, stride, padding, dilation,
 
 def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, padding_idx: int = -1) -> Tensor:
     """ids (n,t), b (n,t,d), basis (k, num_embeddings, d) → (n, k)."""
-    dtype = accumulate_dtype(b)
+    ids, dtype = ids.long(), accumulate_dtype(b)  # uint8 takes -1 for 255
     b = (b * (ids != padding_idx).unsqueeze(-1)).to(dtype)
     columns = [(b * F.embedding(ids, d.to(dtype))).sum((1, 2)) for d in basis]
     return torch.stack(columns, 1) if columns else b.new_zeros(len(b), 0)
@@ -83,11 +83,11 @@ def project_random_embedding(
     ids: Tensor, b: Tensor, k: int, num_embeddings: int, seed: int, offset: int = 0, kind: str = "sign", padding_idx: int = -1
 ) -> Tensor:
     """ids (n,t), b (n,t,d) → (n, k): the directions of project_random over a (num_embeddings, d) table, in the rows that occur."""
-    n, t, d = b.shape
+    (n, t, d), ids = b.shape, ids.long()
     b = (b * (ids != padding_idx).unsqueeze(-1)).to(accumulate_dtype(b))
     out = b.new_zeros(n, k)
     for lo, hi in chunks(n, t * d * _DRAWN_BYTES):
-        rows, at = ids[lo:hi].long().unique(return_inverse=True)
+        rows, at = ids[lo:hi].unique(return_inverse=True)
         for j in range(k):
             drawn = philox.rows((j * num_embeddings + rows) * d, d, seed, offset, kind).to(b.dtype)
             out[lo:hi, j] = (b[lo:hi] * F.embedding(at, drawn)).sum((1, 2))

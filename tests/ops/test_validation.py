@@ -63,6 +63,12 @@ BAD = {
     "embedding: complex ids": (lambda: ops.gram_embedding(z(4, 3), r(4, 3, 2)), "ids"),
     "embedding: integers": (lambda: ops.sqnorm_embedding(ids, whole(4, 3, 2)), "b"),
     "embedding: t": (lambda: ops.gram_embedding(ids, r(4, 2, 2)), "ids"),
+    "gram_embedding: padding": (lambda: ops.gram_embedding(ids, r(4, 3, 2), padding_idx=-1), "padding_idx"),
+    "sqnorm_embedding: padding": (lambda: ops.sqnorm_embedding(ids, r(4, 3, 2), padding_idx=-2), "padding_idx"),
+    "project_embedding: padding": (lambda: ops.project_embedding(ids, r(4, 3, 2), r(2, 5, 2), padding_idx=-1), "padding_idx"),
+    "combine_embedding: padding": (lambda: ops.combine_embedding(ids, r(4, 3, 2), r(2, 4), 5, padding_idx=-1), "padding_idx"),
+    "project_random_embedding: padding":
+        (lambda: ops.project_random_embedding(ids, r(4, 3, 2), 2, 5, seed=0, padding_idx=-1), "padding_idx"),
     "embedding: half a side": (lambda: ops.gram_embedding(ids, r(4, 3, 2), ids), "ids2 and b2"),
     "embedding: width": (lambda: ops.gram_embedding(ids, r(4, 3, 2), ids, r(4, 3, 5)), "b2"),
     "embedding: basis": (lambda: ops.project_embedding(ids, r(4, 3, 2), r(3, 5, 4)), "basis"),

@@ -96,6 +96,19 @@ def test_conv(rand, kind):
     torch.testing.assert_close(ref.combine_conv(x, g, w, kernel, *shape).flatten(1), w @ grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_ids_of_any_integers(rand, generator, dtype):
+    rows = torch.iinfo(dtype).max + 1 if dtype.itemsize == 1 else 300
+    ids = torch.randint(0, rows, (4, 3), generator=generator)
+    ids[0, 0] = rows - 1  # 255 is -1 to a uint8
+    b, basis, w, small = rand(4, 3, 2), rand(3, rows, 2), rand(2, 4), ids.to(dtype)
+    for op, args in (("gram_embedding", (b,)), ("gram_embedding", (b, small, b)), ("sqnorm_embedding", (b,)),
+                     ("project_embedding", (b, basis)), ("combine_embedding", (b, w, rows)), ("project_random_embedding", (b, 2, rows, 0)),
+                     ("per_sample.embedding", (b, rows))):  # fmt: skip
+        run = ref.per_sample.embedding if op == "per_sample.embedding" else getattr(ref, op)
+        torch.testing.assert_close(run(small, *args), run(ids, *args), rtol=0, atol=0)
+
+
 def test_embedding(rand, generator):
     ids, b, grads = lookup(rand, generator)
     torch.testing.assert_close(ref.gram_embedding(ids, b, padding_idx=2), grads @ grads.T)
