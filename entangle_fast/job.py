@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torch import nn
@@ -54,10 +55,24 @@ def unlearn(
     >>> sorted(result.after)
     ['adjacent', 'forget', 'per_class', 'remote']
     """
+    _refuse_kinds(model, loss, seed, out, augment)
     refuse_used(out, resume, overwrite)
     sets = (forget, adjacent, remote)
     run = Run(model, sets, method, test, loss, seed, out, checkpoint_every, eval_every, augment, allow_overlap)
     return run.go(resume, progress)
+
+
+def _refuse_kinds(model, loss, seed, out, augment) -> None:
+    """Raise TypeError for what cannot be a model, a loss, a seed, a folder or an augmentation."""
+    for name, x, fits, needs in (
+        ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
+        ("loss", loss, callable(loss), "a function (output, y) → per-sample losses (n,)"),
+        ("seed", seed, isinstance(seed, int), "a whole number"),
+        ("out", out, out is None or isinstance(out, (str, os.PathLike)), "a folder's path, or None"),
+        ("augment", augment, augment is None or callable(augment), "a function (x, generator) → x, or None"),
+    ):
+        if not fits:
+            raise TypeError(f"{name}: got {type(x).__name__}; needs {needs}")
 
 
 def refuse_used(out, resume: bool, overwrite: bool) -> None:

@@ -9,6 +9,12 @@ struct Entry {
   int64_t id, sample, position;
 };
 
+// each of `count` ids names a row of a table, or is `padding`
+inline void rows_exist(const char* op, const int64_t* id, int64_t count, int64_t table, int64_t padding) {
+  for (int64_t p = 0; p < count; ++p)
+    STD_TORCH_CHECK(id[p] == padding || (id[p] >= 0 && id[p] < table), op, ": id ", id[p], " in a table of ", table);
+}
+
 // ids `at` (n,t), positions of `padding` left out
 inline std::vector<Entry> sorted(const int64_t* at, int64_t n, int64_t t, int64_t padding) {
   std::vector<Entry> out;

@@ -2,8 +2,8 @@
 //
 // Threads share out the samples. Bytes: b once, k rows of d elements a position. FLOPs: 2 n t k d. Limit: reading for few directions,
 // else loads of the dot products.
-#include "common.h"
 #include "kernels.h"
+#include "lookup.h"
 
 namespace ef::cpu {
 
@@ -14,8 +14,7 @@ Tensor project_embedding(const Tensor& ids_, const Tensor& b_, const Tensor& bas
                       basis.size(2) == b.size(2),
                   "project_embedding: ids (n,t), b (n,t,d), basis (k,num_embeddings,d)");
   const int64_t n = b.size(0), t = b.size(1), d = b.size(2), k = basis.size(0), table = basis.size(1), *id = data<int64_t>(ids);
-  for (int64_t p = 0; p < n * t; ++p)
-    STD_TORCH_CHECK(id[p] == padding_idx || (id[p] >= 0 && id[p] < table), "project_embedding: id ", id[p], " in a table of ", table);
+  rows_exist("project_embedding", id, n * t, table, padding_idx);
   Tensor out = empty_like_dtype(b, {n, k}, type);
   by_wide_type(type, [&](auto zero) {
     using T = decltype(zero);

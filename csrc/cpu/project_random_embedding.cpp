@@ -64,6 +64,7 @@ Tensor project_random_embedding(const Tensor& ids_, const Tensor& b_, int64_t k,
   Tensor out = empty_like_dtype(b, {b.size(0), k}, type);
   torch::stable::zero_(out);
   if (out.numel() == 0 || b.numel() == 0) return out;
+  rows_exist("project_random_embedding", data<int64_t>(ids), ids.numel(), num_embeddings, padding_idx);
   const std::vector<Entry> all = sorted(data<int64_t>(ids), ids.size(0), ids.size(1), padding_idx);
   by_wide_type(type, [&](auto zero) {
     using T = decltype(zero);

@@ -16,11 +16,12 @@ from .projected import Tensors
 @checks.kinds
 @torch.no_grad()
 def decay_noise_step(
-    params: Tensors, grads: Tensors, *, lr: float, weight_decay: float = 0.0, noise: float = 0.0, seed: int = 0,
-    offset: int = 0, counter: Tensor | None = None,
+    params: Tensors, grads: Tensors, *, lr: float, weight_decay: float = 0.0, noise: float = 0.0, seed: int | None = None,
+    offset: int | None = None, counter: Tensor | None = None,
 ) -> None:  # fmt: skip
     """θ ← (1 − lr·weight_decay) θ − lr g + noise ξ, ξ ~ N(0, 1) from Philox stream (seed, offset + counter): one pass.
 
+    seed, and offset or counter: needed with noise, since two calls with the same ones add the same numbers: give the number of the step.
     counter: 0-d int64 on the device; a captured CUDA graph that adds one to it draws fresh noise in every replay.
 
     Equivalent to: ``[p * (1 - lr * weight_decay) - lr * g + noise * torch.randn_like(p) for p, g in zip(params, grads)]``, the
@@ -28,10 +29,14 @@ def decay_noise_step(
     """
     params, grads = list(params), list(grads)
     checks.require(len(params) > 0, "params: got no tensor; needs one at least")
+    if noise and (seed is None or (offset is None and counter is None)):
+        raise ValueError(f"seed, offset: got {seed} and {offset} with noise={noise}; needs a seed, and the number of the step as offset: "
+                         "the same two draw the same noise")  # fmt: skip
     none = torch.zeros(0, dtype=torch.float64, device=params[0].device)
     ops.step_update(
-        params, None, grads, [], none, lr=lr, weight_decay=weight_decay, noise=noise, seed=seed, offset=offset, counter=counter
-    )
+        params, None, grads, [], none, lr=lr, weight_decay=weight_decay, noise=noise, seed=seed or 0, offset=offset or 0,
+        counter=counter,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

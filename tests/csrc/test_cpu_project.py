@@ -131,5 +131,8 @@ def test_lookups_onto_drawn_directions(cpp, close_to_drawn, dtype, kind, n, t, d
         close_to_drawn("project_random_embedding", ids, b, k, table, 2**33 + 7, 5, kind, padding_idx)
     b[ids == 1] = torch.nan
     assert cpp.project_random_embedding(ids, b, k, table, 1, 0, kind, 1).isfinite().all()  # a row of padding is not read
+    for wrong in (-2, table) if ids.numel() and k else ():
+        with pytest.raises(RuntimeError, match=f"id {wrong} in a table of {table}"):
+            cpp.project_random_embedding(torch.full_like(ids, wrong), b, k, table, 1)
     torch.testing.assert_close(cpp.project_random_embedding(ids.int(), b, k, table, 1), cpp.project_random_embedding(ids, b, k, table, 1),
                                rtol=0, atol=0, equal_nan=True)  # fmt: skip

@@ -125,3 +125,11 @@ def test_few_steps_are_told(capsys):
     for method in (Entangled(**SMALL, epochs1=2.0, epochs2=8.0), Retrain(epochs=1)):
         unlearn(trained(), **sets(), method=method)
         assert "few steps" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"model": len}, {"loss": "ce"}, {"seed": "a"}, {"out": 3}, {"augment": 1.0}])
+def test_what_cannot_be_one_is_named(wrong):
+    (name,) = wrong
+    given = {"model": torch.nn.Linear(4, 2), "forget": None, "adjacent": None, "remote": None} | wrong
+    with pytest.raises(TypeError, match=f"^{name}: got {type(wrong[name]).__name__}; needs a "):
+        unlearn(given.pop("model"), **given)

@@ -28,7 +28,7 @@ def test_a_step_never_makes_the_host_wait(project, monkeypatch):
     with NoHostSync():
         sgd.step(g, [a, b])
         sgd.step(g, [a])
-        decay_noise_step(params, g, lr=0.1, weight_decay=0.1, noise=0.1, counter=adamw.count)
+        decay_noise_step(params, g, lr=0.1, weight_decay=0.1, noise=0.1, seed=1, counter=adamw.count)
         adamw.step(g, [a, b])
         adamw.step(g)
         with lookahead(params, g, 0.3, capacity=5):
@@ -50,6 +50,11 @@ def test_decay_and_noise():
     assert torch.equal(flat(again), flat(params))
     decay_noise_step(again, grads, lr=0.0, noise=0.5, seed=7, offset=3)
     assert not torch.equal(flat(again), flat(params))
+    before = flat(again)
+    for missing in ({}, {"seed": 7}, {"offset": 3}, {"counter": torch.tensor(3)}):
+        with pytest.raises(ValueError, match="seed, offset: got .* with noise=0.5"):
+            decay_noise_step(again, grads, lr=0.1, noise=0.5, **missing)
+    assert torch.equal(flat(again), before)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
