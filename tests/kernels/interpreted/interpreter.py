@@ -1,4 +1,6 @@
-"""Mends two faults of Triton's interpreter (3.6 to 3.9) that no GPU has, all in bfloat16."""
+"""Mends two faults of Triton's interpreter (3.6 to 3.9) that no GPU has, both in bfloat16, and its slow calls."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,3 +39,6 @@ def _cast_impl(self, src, dst_type):
 
 def mend() -> None:
     _Builder.create_dot, _Builder.cast_impl = _create_dot, _cast_impl
+    # it takes triton.language over anew for each call of a function in a kernel, half of all its time; here once for good
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: type(scope)()
