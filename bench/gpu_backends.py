@@ -13,11 +13,10 @@ import json
 import math
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
-from gpu_job import AGAIN, DEVICE, GPU, Timer, chosen, limited, release
+from gpu_job import AGAIN, DEVICE, GPU, Timer, chosen
 from gpu_matrix import ROOT, Report, versions
 
 import entangle_fast as ef
@@ -127,19 +126,11 @@ def run(report: Report, sizes, timer: Timer, seconds: float, each: float = 75.0)
             continue
         report.content["begun"].append(name)
 
-        def give_up(name=name):
-            report.content["failed"].append(f"{name}: no answer within {each:.0f} s")
-            report.save()
+        def case(op=op, size=size, dtype=dtype):
+            report.content["backends"].append(measure(op, size, dtype, timer))
+            print(json.dumps(report.content["backends"][-1]), flush=True)
 
-        with limited(each, give_up):
-            try:
-                report.content["backends"].append(measure(op, size, dtype, timer))
-                print(json.dumps(report.content["backends"][-1]), flush=True)
-            except Exception as error:  # one case must not cost the others their numbers
-                traceback.print_exc()
-                report.content["failed"].append(f"{name}: {type(error).__name__}: {str(error)[:400]}")
-        report.save()
-        if not release():
+        if not report.attempt(case, lambda why, name=name: report.content["failed"].append(f"{name}: {why}"), each):
             return False
     report.save()
     return True

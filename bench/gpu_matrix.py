@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 import xml.etree.ElementTree as xml
+from collections.abc import Callable
 from pathlib import Path
 
 import gpu_jobs
@@ -79,6 +80,22 @@ class Report:
             part.write_text(json.dumps(plain(self.content), indent=1) + "\n")
             part.replace(path)
 
+    def attempt(self, run: Callable[[], None], failed: Callable[[str], None], each: float) -> bool:
+        """run(), at most ``each`` seconds, and what came of it saved. False: the rest needs a new process."""
+
+        def give_up():
+            failed(f"no answer within {each:.0f} s")
+            self.save()
+
+        with limited(each, give_up):
+            try:
+                run()
+            except Exception as error:  # one job must not cost the others their numbers
+                traceback.print_exc()
+                failed(f"{type(error).__name__}: {str(error)[:400]}")
+        self.save()
+        return release()
+
 
 def versions() -> dict:
     try:
@@ -101,20 +118,12 @@ def run(report: Report, jobs: dict, timer: Timer, seconds: float, each: float = 
             done[title] = {"skipped": "no time left"}
             continue
         record = done[title] = {}
-
-        def give_up(record=record):
-            record["failed"] = f"no answer within {each:.0f} s"
-            report.save()
-
-        with limited(each, give_up):
-            try:
-                measure(make(), timer, report.content["ceilings"], record)
-            except Exception as error:  # one job must not cost the others their numbers
-                traceback.print_exc()
-                record["failed"] = f"{type(error).__name__}: {str(error)[:400]}"
-        report.save()
+        alive = report.attempt(
+            lambda make=make, record=record: measure(make(), timer, report.content["ceilings"], record),
+            lambda why, record=record: record.update(failed=why), each,
+        )  # fmt: skip
         print(table({title: record}).partition("\n")[2], flush=True)
-        if not release():
+        if not alive:
             return False
     report.save()
     return True
