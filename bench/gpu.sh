@@ -22,9 +22,13 @@
 #   4  what is left: the mended tests alone, python3 -m pytest tests/gpu -k NAME, then the matrix again
 # First suspects where a number falls short, by what was counted from SASS, in this order: the ncu metric that would show it; the mend
 #   gram tiles, triton   2 launches a chunk from Python, 25 at n 64 t 197 768×3072: gaps between kernels (nsys)  CUDA graph, or cuda
-#   gram tiles, cuda     form_wgmma: 46 FLOP a byte of L2 at t 197, so 36 % of the bf16 rate; 73 at t 1024: 58 %: lts__throughput
-#                        .avg.pct_of_peak_sustained_elapsed > 80   cluster of 2 along d_out, a by multicast: 44 and 80 %
-#                        below, with tensor < 60: the 24 launches wait for each other   programmatic dependent launch
+#   gram tiles, cuda     a hang: an mbarrier's phase, or a cluster that never runs whole; wrong sums in some blocks: a multicast's mask.
+#                        many <= 1 and no rows of 256 in gram_sm90_launch.cuh's Plan take the clusters out: is it they?
+#                        form_wgmma by count: 51 % of the bf16 rate at n 128 t 197 d 768, 70 to 76 at t 1024: lts__throughput
+#                        .avg.pct_of_peak_sustained_elapsed > 80: that is its limit
+#                        dram__bytes_write.sum far above the result's: the scratch leaves the L2   kScratch 32 → 24 MiB
+#                        launch__cluster_max_active of 4 blocks far below 33: multiprocessors idle   many <= 2
+#                        below, with tensor < 60: 18 to 36 launches wait for each other   programmatic dependent launch
 #   gram rows            64 FLOP a byte of L2, 350 TFLOP/s at 5.5 TB/s: 1.2 ms where 5× the loop would be 0.6   clusters: not Triton
 #   project_random       4 signs a Philox call, about 34 integer instructions a sign: sm__inst_executed_pipe_alu, _fma
 #                        128 signs a call: reference/philox.py's sign and all its copies

@@ -14,7 +14,7 @@
 //   O·I/(O + I) = 10.7 FLOP a byte in bfloat16 (32 × 16). Limit: the L2's bandwidth, long before the tensor cores.
 #include "gradient_tile.cuh"
 #include "gram_pairs.cuh"
-#include "gram_sm90.cuh"
+#include "gram_sm90_launch.cuh"
 
 namespace ef::cuda {
 
@@ -130,17 +130,11 @@ EF_LAUNCHER ef_cuda_gram_refuses(int form, int type, const Factors* left, const 
   return form == kWgmma ? sm90::refuses(type, *left, right, d_in, d_out) : 0;
 }
 
-namespace {
-sm90::Plan plan_of(const Factors& left, const Factors* right, int64_t d_in, int64_t d_out, int processors) {
-  return {left.n, right ? right->n : left.n, !right, d_in, d_out, processors};
-}
-}  // namespace
-
 extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_gram_partials(int form, int type, const Factors* left,
     const Factors* right, int64_t d_in, int64_t d_out) {
   int count = 0;
   if (processors(&count)) return 0;
-  if (form == kWgmma) return plan_of(*left, right, d_in, d_out, count).partials;
+  if (form == kWgmma) return sm90::plan_of(*left, right, d_in, d_out, count).partials;
   const int64_t n = left->n, m = right ? right->n : n;
   const int64_t tiles = cdiv<int64_t>(d_out, type == kBf16 ? TileOf<Bf16>::O : TileOf<float>::O) * cdiv<int64_t>(d_in, 16);
   const int64_t items = pairs(cdiv<int64_t>(n, kBlock), cdiv<int64_t>(m, kBlock), !right);
@@ -151,7 +145,7 @@ extern "C" __attribute__((visibility("default"))) int64_t ef_cuda_gram_scratch(i
     int64_t d_in, int64_t d_out) {
   int count = 0;
   if (form != kWgmma || processors(&count)) return 0;
-  return 2 * (left->n + (right ? right->n : 0)) * plan_of(*left, right, d_in, d_out, count).pitch();
+  return 2 * (left->n + (right ? right->n : 0)) * sm90::plan_of(*left, right, d_in, d_out, count).pitch();
 }
 
 EF_LAUNCHER ef_cuda_gram(int form, int type, const Factors* left, const Factors* right, int64_t d_in, int64_t d_out, float* partial,

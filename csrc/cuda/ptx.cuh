@@ -96,20 +96,51 @@ EF_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row EF_SITE) {
 }
 
 #ifdef EF_SM90A
-// ---- mbarrier, TMA
+// ---- clusters: blocks that run at the same time and reach each other's shared memory; a launch without them has clusters of one
+
+EF_DEVICE uint32_t cluster_rank() {
+#ifdef EF_CUDA_HOST
+  return cuda_host::cluster_rank();
+#else
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#endif
+}
+EF_DEVICE uint32_t cluster_blocks() {
+#ifdef EF_CUDA_HOST
+  return cuda_host::cluster->blocks.size();
+#else
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+#endif
+}
+// every thread of the cluster, whole warps
+EF_DEVICE void cluster_sync(EF_ONLY_SITE) {
+  EF_PTX(asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory"),
+         cuda_host::cluster_sync(w));
+}
+
+// ---- mbarrier
 
 EF_DEVICE void mbarrier_init(uint64_t* bar, int arrivals) {
   EF_PTX(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory"),
          cuda_host::mbarrier_init(bar, arrivals));
 }
-// initialised mbarriers become visible to the asynchronous proxy
+// initialised mbarriers become visible to the asynchronous proxy and, behind a barrier, to the cluster
 EF_DEVICE void fence_mbarrier_init(EF_ONLY_SITE) {
   EF_PTX(asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory"),
       cuda_host::fence_mbarrier_init(w));
 }
-EF_DEVICE void mbarrier_arrive(uint64_t* bar EF_SITE) {
-  EF_PTX(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory"),
-         cuda_host::mbarrier_arrive(bar, 0, w));
+// at the mbarrier that lies where `bar` does in the shared memory of this block of the cluster. It says that asynchronous reads have
+// ended, which were waited for, and orders no plain accesses between blocks (.cluster would cost a MEMBAR.GPU)
+EF_DEVICE void mbarrier_arrive_at(uint64_t* bar, uint32_t block EF_SITE) {
+  EF_PTX(asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+                      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(bar)),
+                      "r"(block)
+                      : "memory"),
+         cuda_host::mbarrier_arrive_at(bar, block, w));
 }
 EF_DEVICE void mbarrier_arrive_expect(uint64_t* bar, int bytes EF_SITE) {
   EF_PTX(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory"),
@@ -128,12 +159,34 @@ EF_DEVICE void mbarrier_wait(uint64_t* bar, uint32_t parity EF_SITE) {
       : "memory");
 #endif
 }
-EF_DEVICE void tma_load_3d(void* to, const void* map, int c0, int c1, int c2, uint64_t* bar) {
-  EF_PTX(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-                          shared_address(to)),
-                      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(bar))
+
+// ---- TMA: a box of a tensor into shared memory, its bytes announced to an mbarrier there
+
+// What the L2 gives up first where it must: data that are read once, beside data that are to stay
+EF_DEVICE uint64_t evict_first() {
+  uint64_t policy = 0;
+  EF_PTX(asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)), );
+  return policy;
+}
+EF_DEVICE uint64_t evict_normal() {
+  uint64_t policy = 0;
+  EF_PTX(asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy)), );
+  return policy;
+}
+EF_DEVICE void tma_load_3d(void* to, const void* map, int c0, int c1, int c2, uint64_t* bar, uint64_t policy) {
+  EF_PTX(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+                      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(bar)), "l"(policy)
                       : "memory"),
-         cuda_host::tma_load(to, static_cast<const cuda_host::TensorMap*>(map), {c0, c1, c2}, bar));
+         cuda_host::tma_load(to, static_cast<const cuda_host::TensorMap*>(map), {c0, c1, c2}, bar, 1u << cuda_host::cluster_rank()));
+}
+// into the same place of every block of the cluster whose bit is set, announced to its own mbarrier
+EF_DEVICE void tma_multicast_3d(void* to, const void* map, int c0, int c1, int c2, uint64_t* bar, uint32_t blocks, uint64_t policy) {
+  EF_PTX(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+                      " [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(shared_address(to)),
+                      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(bar)), "h"((uint16_t)blocks), "l"(policy)
+                      : "memory"),
+         cuda_host::tma_load(to, static_cast<const cuda_host::TensorMap*>(map), {c0, c1, c2}, bar, blocks));
 }
 
 // ---- wgmma

@@ -129,7 +129,9 @@ def test_step_reads_sixteen_bytes_at_a_time(machine_code, source, kernel):
 def test_gram_uses_the_tensor_cores(machine_code):
     """wgmma fed by TMA in the form for sm_90a, mma.sync in the others."""
     functions = machine_code("gram")
-    wgmma = [code for name, code in functions.items() if "form_wgmma" in name or "add_wgmma" in name]
-    assert len(wgmma) == 5 and all("HGMMA" in code and "UTMALDG" in code and "SYNCS" in code for code in wgmma)
+    wgmma = {name: code for name, code in functions.items() if "form_wgmma" in name or "add_wgmma" in name}
+    assert len(wgmma) == 6 and all("HGMMA" in code and "UTMALDG" in code and "SYNCS" in code for code in wgmma.values())
+    for name, code in wgmma.items():  # clusters: form's, and that of 256 samples
+        assert ("MULTICAST" in code) == ("form" in name or "ILi256E" in name), name
     others = [code for name, code in functions.items() if "gram_mma" in name]
     assert len(others) == 6 and all("HMMA" in code for code in others)

@@ -3,10 +3,10 @@
 // Eager copies land when they are issued; lazy ones when the thread waits for them (cp.async) or when nothing else can run
 // (TMA): at the latest moment that the program allows. Proxies are checked by rule: what a plain store wrote to shared
 // memory and written_by_store was told of must be fenced by that thread before an asynchronous reader touches it; an mbarrier
-// must be fenced by the thread that made it before a copy may signal it.
+// must be fenced by the thread that made it before a copy, or another block of the cluster, may signal it.
 #pragma once
 
-#include "cuda_host.h"
+#include "schedule.h"
 
 namespace cuda_host {
 
@@ -44,9 +44,9 @@ inline void written_by_store(const void* p, size_t bytes) {
   size_t at = shared_offset(p, bytes, "store");
   for (size_t i = at; i < at + bytes; i++) block->unfenced[i] = 1, me().written.push_back(i);
 }
-inline void read_by_proxy(size_t at, size_t bytes, const char* what) {
+inline void read_by_proxy(size_t at, size_t bytes, const char* what, const Block& b = *block) {
   for (size_t i = at; i < at + bytes; i++)
-    if (block->unfenced[i]) fail(std::string(what) + " touches what a plain store wrote, without fence.proxy.async");
+    if (b.unfenced[i]) fail(std::string(what) + " touches what a plain store wrote, without fence.proxy.async");
 }
 inline void fence_proxy_async() {
   for (size_t i : me().written) block->unfenced[i] = 0;
@@ -55,9 +55,12 @@ inline void fence_proxy_async() {
 
 // ---- mbarrier
 
-inline Mbarrier& mbarrier(const void* p) {
-  auto found = block->mbarriers.find(p);
-  if (found == block->mbarriers.end()) fail("an mbarrier that was not initialised");
+// p of the running block, in the shared memory of block b
+inline unsigned char* there(const void* p, const Block& b) { return b.shared + (static_cast<const unsigned char*>(p) - block->shared); }
+
+inline Mbarrier& mbarrier(const void* p, Block& b = *block) {
+  auto found = b.mbarriers.find(there(p, b));
+  if (found == b.mbarriers.end()) fail("an mbarrier that was not initialised");
   return found->second;
 }
 inline void complete_if_done(Mbarrier& m) {
@@ -73,12 +76,19 @@ inline void fence_mbarrier_init(const Where& w) {
   for (auto& [p, m] : block->mbarriers)
     if (m.owner == block->current) m.fenced = true;
 }
-inline void mbarrier_arrive(uint64_t* p, int64_t bytes, const Where& w) {
-  if (skipped(w)) return;
-  Mbarrier& m = mbarrier(p);
+inline void arrive(Mbarrier& m, int64_t bytes, const Where& w) {
   if (m.pending == 0) fail("more arrivals than an mbarrier counts, at " + at(w));
   m.bytes += bytes, --m.pending;
   complete_if_done(m);
+}
+inline void mbarrier_arrive(uint64_t* p, int64_t bytes, const Where& w) {
+  if (!skipped(w)) arrive(mbarrier(p), bytes, w);
+}
+inline void mbarrier_arrive_at(uint64_t* p, unsigned rank, const Where& w) {
+  if (skipped(w)) return;
+  Mbarrier& m = mbarrier(p, peer(rank, "an arrival"));
+  if (!m.fenced) fail("an arrival from the cluster at an mbarrier whose initialisation was not fenced");
+  arrive(m, 0, w);
 }
 inline void mbarrier_wait(uint64_t* p, unsigned parity, const Where& w) {
   if (skipped(w)) return;
@@ -119,33 +129,42 @@ inline size_t swizzled(size_t address, int mode) {
          : mode == 32 ? address ^ (address >> 3 & 0x10) : address;
 }
 
-inline void tma_load(void* to, const TensorMap* map, std::array<int, 5> first, uint64_t* bar) {
+// A box's bytes into shared memory at `at` of block b, then off what its mbarrier expects
+inline void land(const TensorMap& map, const std::array<int, 5>& first, size_t at, size_t bytes, Block& b, Mbarrier& m) {
+  if (has_left(b) && error.empty()) error = "TMA lands in a block that has left";
+  std::array<uint32_t, 5> k{};
+  size_t element = map.stride[0];
+  for (size_t done = 0; done < bytes; done += element) {
+    const unsigned char* from = map.base;
+    bool inside = true;
+    for (int d = 0; d < map.rank; d++) {
+      int64_t i = int64_t(first[d]) + k[d];
+      inside = inside && i >= 0 && uint64_t(i) < map.size[d];
+      from += i * int64_t(map.stride[d]);
+    }
+    unsigned char* target = b.shared + swizzled(at + SHARED_BASE + done, map.swizzle) - SHARED_BASE;
+    inside ? memcpy(target, from, element) : memset(target, 0, element);
+    for (int d = 0; d < map.rank && ++k[d] == map.box[d]; d++) k[d] = 0;
+  }
+  m.bytes -= int64_t(bytes);
+  complete_if_done(m);
+}
+
+// ranks: a bit for each block of the cluster that takes the box; they need not get it at the same time
+inline void tma_load(void* to, const TensorMap* map, std::array<int, 5> first, uint64_t* bar, unsigned ranks) {
   size_t bytes = map->stride[0], at = 0;
   for (int d = 0; d < map->rank; d++) bytes *= map->box[d];
   at = shared_offset(to, bytes, "TMA");
   if (at % (map->swizzle ? map->swizzle * 8 : 128)) fail("TMA destination not aligned to its swizzle's pattern");
-  Mbarrier& m = mbarrier(bar);
-  if (!m.fenced) fail("TMA signals an mbarrier whose initialisation was not fenced");
-  read_by_proxy(at, bytes, "TMA");
-  auto land = [map = *map, first, at, bytes, &m, b = block] {
-    std::array<uint32_t, 5> k{};
-    size_t element = map.stride[0];
-    for (size_t done = 0; done < bytes; done += element) {
-      const unsigned char* from = map.base;
-      bool inside = true;
-      for (int d = 0; d < map.rank; d++) {
-        int64_t i = int64_t(first[d]) + k[d];
-        inside = inside && i >= 0 && uint64_t(i) < map.size[d];
-        from += i * int64_t(map.stride[d]);
-      }
-      unsigned char* target = b->shared + swizzled(at + SHARED_BASE + done, map.swizzle) - SHARED_BASE;
-      inside ? memcpy(target, from, element) : memset(target, 0, element);
-      for (int d = 0; d < map.rank && ++k[d] == map.box[d]; d++) k[d] = 0;
-    }
-    m.bytes -= int64_t(bytes);
-    complete_if_done(m);
-  };
-  options.eager ? land() : block->late.push_back(land);
+  for (unsigned rank = 0; ranks >> rank; rank++) {
+    if (!(ranks >> rank & 1)) continue;
+    Block& b = peer(rank, "TMA");
+    Mbarrier& m = mbarrier(bar, b);
+    if (!m.fenced) fail("TMA signals an mbarrier whose initialisation was not fenced");
+    read_by_proxy(at, bytes, "TMA", b);
+    auto copy = [map = *map, first, at, bytes, &b, &m] { land(map, first, at, bytes, b, m); };
+    options.eager ? copy() : cluster->late.push_back(copy);
+  }
 }
 
 }  // namespace cuda_host

@@ -1,12 +1,13 @@
-// Lets g++ run the very sources that nvcc compiles: a CUDA block's threads as fibers of one operating-system thread.
+// Lets g++ run the very sources that nvcc compiles: the threads of a cluster's blocks as fibers of one operating-system thread.
 //
 // Covered (intrinsics.h): thread and block indices, static and dynamic shared memory, block and warp barriers, shuffles, votes,
-// atomics, the runtime calls of the launchers; async_copy.h: cp.async, mbarrier, TMA; tensor_cores.h: mma, ldmatrix, wgmma.
+// atomics, the runtime calls of the launchers; async_copy.h: cp.async, mbarrier, TMA; tensor_cores.h: mma, ldmatrix, wgmma;
+// schedule.h: clusters along x.
 // Fibers run in a random order (seeded), each until it blocks, so that warps drift as far apart as the barriers let them;
-// blocks run one after another in a random order. Copies and matrix products that the hardware does later are done either
+// clusters run one after another in a random order. Copies and matrix products that the hardware does later are done either
 // at once (eager) or at the last moment that the waits allow (lazy): a missing wait shows in one of the two.
 // Not covered: the weak memory model between plain accesses (fences are checked by rules instead, see ticket() and
-// async_copy.h), clusters, grid-wide barriers, timing, bank conflicts, register pressure.
+// async_copy.h), static __shared__ in clusters of several blocks, grid-wide barriers, timing, bank conflicts, register pressure.
 #pragma once
 
 #include <setjmp.h>
@@ -82,7 +83,7 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   std::vector<unsigned char> unfenced;                   // per shared byte: written by a plain store, no proxy fence yet
-  std::vector<std::function<void()>> late;               // TMA copies that have not landed yet
+  void** stacks;                                         // of its fibers
   std::map<const void*, struct Mbarrier> mbarriers;
   std::function<void()> body;
   jmp_buf scheduler;
@@ -98,6 +99,12 @@ struct Mbarrier {
   bool fenced = false;
 };
 
+struct Cluster {
+  std::vector<Block> blocks;                // by rank
+  std::vector<std::function<void()>> late;  // TMA copies that have not landed yet
+  Gate all;
+};
+
 struct Site {
   std::string file;
   int line;
@@ -107,8 +114,10 @@ struct Site {
 inline Options options;
 inline std::string error;
 inline std::set<Site> visited;  // synchronisations that ran, for the mutation test's coverage
+inline unsigned largest_cluster = 0;
 inline std::mt19937 random_bits(1);
-inline Block* block = nullptr;
+inline Cluster* cluster = nullptr;
+inline Block* block = nullptr;  // the running fiber's
 inline std::vector<void*> stacks;
 
 inline Fiber& me() { return block->fibers[block->current]; }
@@ -161,120 +170,6 @@ inline void arrive(Gate& g, unsigned expected, const Where& w, bool wait = true)
   }
 }
 
-// ---- scheduler
-
-inline void enter() {
-  block->body();
-  me().done = true;
-  _longjmp(block->scheduler, 1);
-}
-
-inline bool runnable(const Fiber& f) { return !f.done && !(f.gate && *f.gate == f.closed); }
-
-inline int resume(int i) {
-  Fiber& f = block->fibers[i];
-  block->current = i;
-  f.gate = nullptr;
-  int why = _setjmp(block->scheduler);
-  if (!why) {
-    if (f.started) _longjmp(f.resume, 1);
-    f.started = true;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stacks[i], f.context.uc_stack.ss_size = STACK, f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
-    setcontext(&f.context);
-  }
-  return why;
-}
-
-inline std::string deadlock() {
-  std::map<std::string, int> places;
-  int done = 0;
-  for (auto& f : block->fibers) f.done ? ++done : ++places[at(f.where)];
-  std::string s = "deadlock: of " + std::to_string(block->fibers.size()) + " threads";
-  for (auto& [place, count] : places) s += ", " + std::to_string(count) + " wait at " + place;
-  return done ? s + ", " + std::to_string(done) + " have left" : s;
-}
-
-// false: an error was recorded
-inline bool run_block() {
-  int n = block->fibers.size(), warps = (n + 31) / 32;
-  std::vector<int> order(warps);
-  for (int i = 0; i < warps; i++) order[i] = i;
-  for (;;) {
-    std::shuffle(order.begin(), order.end(), random_bits);
-    bool progress = false, live = false;
-    for (int w : order) {
-      int low = w * 32, count = std::min(n - low, 32);
-      for (bool again = true; again;) {
-        again = false;
-        for (int k = 0, turn = random_bits() % count; k < count; k++) {
-          int i = low + (k + turn) % count;
-          if (!runnable(block->fibers[i])) continue;
-          if (resume(i) == 2) return false;
-          again = progress = true;
-        }
-        if (random_bits() % 8 == 0) break;
-      }
-      for (int i = low; i < low + count; i++) live |= !block->fibers[i].done;
-    }
-    if (!live) return true;
-    if (!progress && !block->late.empty()) {  // only copies under way can free anyone: one of them lands
-      size_t k = random_bits() % block->late.size();
-      auto land = std::move(block->late[k]);
-      block->late.erase(block->late.begin() + k);
-      land();
-      progress = true;
-    }
-    if (!progress) {
-      if (error.empty()) error = deadlock();
-      return false;
-    }
-  }
-}
-
-inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
-  long blocks = long(grid.x) * grid.y * grid.z, threads = long(size.x) * size.y * size.z;
-  auto refuse = [&](const std::string& what) { if (error.empty()) error = "launch: " + what; };
-  if (threads < 1 || threads > 1024 || blocks < 1 || grid.y > 65535 || grid.z > 65535)
-    return refuse(std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads");
-  if (shared_bytes > SHARED_LIMIT) return refuse(std::to_string(shared_bytes) + " B of shared memory");
-  while (stacks.size() < size_t(threads)) {
-    stacks.push_back(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (stacks.back() == MAP_FAILED) stacks.pop_back(), refuse("no memory for stacks");
-  }
-  std::vector<unsigned char> arena(shared_bytes + CANARY + 1024);
-  unsigned char* shared = arena.data() + (1024 - reinterpret_cast<uintptr_t>(arena.data()) % 1024) % 1024;
-  ef::cuda::span_allow(shared, shared_bytes);
-  std::vector<long> order(blocks);
-  for (long i = 0; i < blocks; i++) order[i] = i;
-  std::shuffle(order.begin(), order.end(), random_bits);
-  for (long k : order) {
-    Block b;
-    block = &b;
-    b.size = size, b.grid = grid, b.body = body, b.shared = shared, b.shared_bytes = shared_bytes;
-    b.index = dim3(k % grid.x, k / grid.x % grid.y, k / grid.x / grid.y);
-    b.warps = std::vector<Gate>((threads + 31) / 32);
-    b.unfenced.assign(shared_bytes, 0);
-    memset(shared, 0xFF, shared_bytes);  // NaN in every float format
-    memset(shared + shared_bytes, 0xC5, CANARY);
-    b.fibers = std::vector<Fiber>(threads);
-    for (long i = 0; i < threads; i++) b.fibers[i].thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
-    bool fine = false;
-    std::thread([&] { fine = run_block(); }).join();  // its own thread: __shared__ variables (thread_local) begin afresh
-    block = nullptr;
-    if (fine && std::any_of(shared + shared_bytes, shared + shared_bytes + CANARY, [](unsigned char c) { return c != 0xC5; }))
-      error = "a write beyond the " + std::to_string(shared_bytes) + " B of dynamic shared memory";
-    if (!error.empty()) return;
-  }
-}
-
-inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
-  if (error.empty()) run_grid(grid, size, shared_bytes, body);
-  if (error.empty()) return;
-  int none = 0;
-  if (ef::cuda::span_state().compare_exchange_strong(none, cudaErrorLaunchFailure)) fprintf(stderr, "cuda_host: %s\n", error.c_str());
-}
 inline void* dynamic_shared() { return block->shared; }
 inline int processors() { return 3; }  // few, so that blocks share the work
 
@@ -347,6 +242,7 @@ inline void ticket(const char* what) {
 
 }  // namespace cuda_host
 
+#include "schedule.h"
 #include "intrinsics.h"
 #include "async_copy.h"
 #include "tensor_cores.h"

@@ -1,5 +1,5 @@
 // Small kernels that test the host header itself: each uses one piece of it in the way that the real kernels do, or wrongly.
-#include "gram_sm90.cuh"
+#include "gram_sm90_launch.cuh"
 #include "reduce.cuh"
 
 using namespace ef::cuda;
@@ -46,8 +46,8 @@ __global__ void wgmma(const __grid_constant__ sm90::Maps maps, Span<float> first
     ptx::mbarrier_init(bar, 1);
     if (wrong != 2) ptx::fence_mbarrier_init();
     ptx::mbarrier_arrive_expect(bar, 3 * sm90::kBox);
-    ptx::tma_load_3d(s, &maps.left, 0, 0, 0, bar);
-    for (int c = 0; c < 2; ++c) ptx::tma_load_3d(s + (1 + c) * sm90::kBox, &maps.right, c * 64, 0, 0, bar);
+    ptx::tma_load_3d(s, &maps.left, 0, 0, 0, bar, ptx::evict_normal());
+    for (int c = 0; c < 2; ++c) ptx::tma_load_3d(s + (1 + c) * sm90::kBox, &maps.right, c * 64, 0, 0, bar, ptx::evict_normal());
   }
   __syncthreads();
   ptx::mbarrier_wait(bar, 0);
@@ -83,6 +83,38 @@ EF_LAUNCHER probe_wgmma(const Factors* f, float* first, float* second, int wrong
   EF_TRY(sm90::encode(&maps.right, f->a, 128, f->t, f->n, f->a_position, f->a_sample, sm90::kT));
   EF_TRY(sm90::encode(&maps.left, f->b, 64, f->t, f->n, f->b_position, f->b_sample, sm90::kT));
   return launch(wgmma, dim3(1), dim3(128), 33024, stream, maps, first, second, wrong);
+}
+
+// Clusters of two: each block copies its half of the first row of a (positions, 128) into both, waits for the whole, arrives at its
+// peer's second mbarrier. out (blocks, 2 + 128): rank, blocks of the cluster, the row.
+// wrong: 1 no barrier after the mbarriers are made, 2 an arrival beyond the cluster, 3 a block that leaves before its peer arrives,
+// 4 a copy beyond the cluster, 5 a cluster barrier that one block skips, 6 no fence of the mbarriers
+__global__ void cluster(const __grid_constant__ sm90::Maps maps, Span<float> out, int wrong) {
+  EF_DYNAMIC_SHARED(unsigned char, s);
+  uint64_t* bar = reinterpret_cast<uint64_t*>(s + 2 * sm90::kBox);
+  const int rank = ptx::cluster_rank();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(bar, 1), ptx::mbarrier_init(bar + 1, 1);
+    if (wrong != 6) ptx::fence_mbarrier_init();
+  }
+  if (wrong != 1) ptx::cluster_sync();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect(bar, 2 * sm90::kBox);
+    ptx::tma_multicast_3d(s + rank * sm90::kBox, &maps.right, rank * 64, 0, 0, bar, wrong == 4 ? 7 : 3, ptx::evict_normal());
+  }
+  ptx::mbarrier_wait(bar, 0);
+  const int64_t row = blockIdx.x * (int64_t)130;
+  if (threadIdx.x < 2) out[row + threadIdx.x] = threadIdx.x ? ptx::cluster_blocks() : rank;
+  for (int c = 0; c < 2; ++c) out[row + 2 + c * 64 + threadIdx.x] = widen(reinterpret_cast<Bf16*>(s + c * sm90::kBox)[threadIdx.x]);
+  if (wrong == 3 && rank == 0) return;
+  if (threadIdx.x == 0) ptx::mbarrier_arrive_at(bar + 1, wrong == 2 ? 2 : 1 - rank);
+  ptx::mbarrier_wait(bar + 1, 0);
+  if (wrong != 5 || rank) ptx::cluster_sync();
+}
+EF_LAUNCHER probe_cluster(const Factors* f, float* out, int wrong, void* stream) {
+  sm90::Maps maps;
+  EF_TRY(sm90::encode(&maps.right, f->a, 128, f->t, f->n, f->a_position, f->a_sample, sm90::kT));
+  return launch_clusters(cluster, 2, dim3(6), dim3(64), 2 * sm90::kBox + 16, stream, maps, out, wrong);
 }
 
 // what: 1 a barrier that half of the block skips, 2 a write beyond the tensor, 3 a write beyond shared memory,

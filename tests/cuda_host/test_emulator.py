@@ -1,5 +1,6 @@
 """The host header itself: layouts against plain matmul, every misuse an error, random orders."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,35 @@ def test_proxy_rules(probe, wrong, says):
     f = Factors(torch.randn(1, 32, 128).bfloat16(), torch.randn(1, 32, 64).bfloat16())
     with pytest.raises(RuntimeError, match=says):
         run(probe.probe_wgmma, f, torch.empty(64, 128), torch.empty(64, 64), wrong, library=probe)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_clusters(probe, eager):
+    f = Factors(torch.randn(1, 40, 128).bfloat16(), torch.randn(1, 40, 64).bfloat16())
+    for seed in range(1, 9):
+        out = torch.full((6, 130), float("nan"))
+        run(probe.probe_cluster, f, out, 0, library=probe, eager=eager, seed=seed)
+        assert torch.equal(out[:, :2], torch.tensor([[0.0, 2.0], [1.0, 2.0]]).repeat(3, 1))
+        assert torch.equal(out[:, 2:], f.tensors[0][0, :1].float().expand(6, -1))
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (1, "not initialised"), (2, "an arrival reaches beyond the cluster"), (3, "reaches a block that has left|wait at probe.cu"),
+        (4, "TMA reaches beyond the cluster"), (5, "deadlock"), (6, "not fenced"),
+    ],
+)  # fmt: skip
+def test_misuse_of_clusters(probe, wrong, says):
+    f = Factors(torch.randn(1, 32, 128).bfloat16(), torch.randn(1, 32, 64).bfloat16())
+    found = set()
+    for seed in range(1, 17):  # most show in some orders only
+        try:
+            run(probe.probe_cluster, f, torch.empty(6, 130), wrong, library=probe, eager=seed % 2 > 0, seed=seed)
+        except RuntimeError as error:
+            found.add(str(error))
+    assert found and all(re.search(says, x) for x in found), found
+    assert wrong != 3 or any("has left" in x for x in found), found
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bound import control
 from calls import MMA, WGMMA, gram, gram_refuses
 from plain import plain_precision
 from rule import agree, exact
@@ -37,14 +38,35 @@ def test_mma(shape, dtype):
         check(MMA, args, seed=seed, eager=eager)
 
 
+def wgmma(shape, eager, blocks):
+    check(WGMMA, arguments(shape, torch.bfloat16), eager=eager, seed=3)
+    assert control().cuda_host_largest_cluster() == blocks
+
+
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize(  # the last two: tiles of 256 and 128 columns, several chunks, several blocks of samples
     "shape",
-    [(1, 0, 1, 8, 8), (34, 0, 70, 24, 72), (70, 0, 9, 16, 64), (5, 37, 66, 24, 40), (3, 0, 9, 200, 264), (2, 130, 9, 72, 8)],
+    [(1, 0, 1, 8, 8), (34, 0, 70, 24, 72), (70, 0, 9, 16, 64), (5, 37, 66, 24, 40), (4, 0, 9, 200, 264), (2, 130, 9, 72, 8)],
     ids=str,
 )
 def test_wgmma(shape, eager):
-    check(WGMMA, arguments(shape, torch.bfloat16), eager=eager, seed=3)
+    wgmma(shape, eager, 1)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    "shape, blocks",
+    [
+        ((1, 0, 40, 72, 136), 2), ((3, 0, 97, 72, 200), 2), ((2, 3, 34, 72, 136), 2),
+        ((4, 0, 34, 72, 400), 2),  # two chunks
+        ((2, 0, 40, 200, 400), 4),
+        ((1, 0, 180, 200, 264), 4),  # a block beyond d_out
+        ((199, 0, 9, 24, 40), 2),  # the rows, not the factors
+    ],
+    ids=str,
+)  # fmt: skip
+def test_clusters_of_wgmma(shape, blocks, eager):
+    wgmma(shape, eager, blocks)
 
 
 @pytest.mark.slow
