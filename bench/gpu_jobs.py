@@ -171,7 +171,8 @@ def sorted_(n: int) -> Job:
 def project_random(n: int, t: int, d: int, k: int) -> Job:
     """±1 directions drawn in the kernel; peer: gradients materialised, then times a basis that lies ready."""
     a, b = _randn(n, t, d, dtype=BF16), _randn(n, t, d, dtype=BF16)
-    basis = torch.cat([reference.philox.sign(d * d, 1, 0, start=j * d * d, device=DEVICE).to(BF16)[None] for j in range(k)])
+    elements = torch.arange(d * d, device=DEVICE)
+    basis = torch.stack([x.to(BF16) for x in reference.philox.each_direction(k, elements, d * d, 1)])
 
     def materialise():
         return (torch.bmm(b.mT, a).flatten(1) @ basis.T).float()

@@ -125,8 +125,7 @@ def project_random(n, t, d_in, d_out, k):
 
     def make(_):
         a, b = torch.randn(n, t, d_in), torch.randn(n, t, d_out)
-        size = d_in * d_out
-        basis = torch.stack([philox.sign(size, 7, 0, start=j * size, device="cpu") for j in range(k)]).view(k, d_out, d_in).float()
+        basis = philox.directions(k, d_in * d_out, 7).view(k, d_out, d_in)
         return {"ours": lambda: ours.project_random(a, b, k, 7), **_onto(a, b, basis)}
 
     return _project_job("project_random", dict(n=n, t=t, i=d_in, o=d_out, k=k), make)

@@ -119,7 +119,9 @@ def _schemas() -> list[str]:
     return [line.replace('\\"', '"') for line in found]
 
 
-_ROOMS = ("step_project", "step_adamw", "step_lookahead", "step", "gram", "sqnorm", "project", "combine", "sample_loss", "w2")
+_ROOMS = (
+    "step_project", "step_adamw", "step_lookahead", "step", "gram", "sqnorm", "project_random", "project", "combine", "sample_loss", "w2",
+)  # fmt: skip
 
 
 def _kernel_module(op: str) -> str:

@@ -1,7 +1,4 @@
-"""Philox4x32-10: the very numbers of entangle_fast/reference/philox.py.
-
-Element e takes word e % 4 of the block with counter (e // 4, offset) and key seed; reference/philox.py is the source.
-"""
+"""Philox4x32-10: the very numbers of entangle_fast/reference/philox.py, which says how streams and directions are read off blocks."""
 
 import triton
 import triton.language as tl
@@ -40,32 +37,37 @@ def box_muller(w0, w1):
 
 @triton.jit
 def in_order(x0, x1, x2, x3):
-    """Values of word 0..3 of each block, (…, q) each, laid out by element: (…, 4q)."""
+    """Values of word 0..3 of each block, (…, q) each, side by side: (…, 4q)."""
     return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
 
 
 @triton.jit
-def values(index, k0, k1, o0, o1, GAUSSIAN: tl.constexpr):
-    """±1 (top bit set: −1) or standard normal float32, (…, 4q) for blocks ``index`` (…, q)."""
+def normals(index, k0, k1, o0, o1):
+    """Standard normal float32, (…, 4q) for blocks ``index`` (…, q)."""
     w0, w1, w2, w3 = blocks(index, k0, k1, o0, o1)
-    if GAUSSIAN:
-        z0, z1 = box_muller(w0, w1)
-        z2, z3 = box_muller(w2, w3)
-        return in_order(z0, z1, z2, z3)
-    else:
-        word = in_order(w0, w1, w2, w3)
-        return 1.0 - 2.0 * (word >> 31).to(tl.float32)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return in_order(z0, z1, z2, z3)
 
 
 @triton.jit
-def single_values(element, k0, k1, o0, o1, GAUSSIAN: tl.constexpr):
-    """The same for elements at any place, four times the work: for rows that do not begin on a block."""
-    w0, w1, w2, w3 = blocks(element // 4, k0, k1, o0, o1)
-    r = (element % 4).to(tl.int32)
+def directions(first, elements, numel, k0, k1, o0, o1, COUNT: tl.constexpr, GAUSSIAN: tl.constexpr):
+    """Directions first … first + COUNT − 1 at ``elements`` (E, int64) of a weight of ``numel``: float32 (E, COUNT).
+
+    first: a multiple of COUNT. COUNT: 32, 64 or 128 of signs, which take one call an element and 2 operations more each.
+    """
     if GAUSSIAN:
-        first = r < 2
-        c, s = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
-        return tl.where(r % 2 == 0, c, s)
+        block = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.int64)
+        return normals(elements[:, None] + block[None, :] * numel, k0, k1, o0, o1)
     else:
-        word = tl.where(r < 2, tl.where(r == 0, w0, w1), tl.where(r == 2, w2, w3))
-        return 1.0 - 2.0 * (word >> 31).to(tl.float32)
+        w0, w1, w2, w3 = blocks(elements + tl.cast(first // 128, tl.int64) * numel, k0, k1, o0, o1)
+        at = first // 32 % 4
+        if COUNT == 128:
+            words = in_order(w0, w1, w2, w3)
+        elif COUNT == 64:
+            words = tl.interleave(tl.where(at == 0, w0, w2), tl.where(at == 0, w1, w3))
+        else:
+            words = tl.where(at < 2, tl.where(at == 0, w0, w1), tl.where(at == 2, w2, w3))
+        turned = words[:, None] << (31 - tl.arange(0, 32)).to(tl.uint32)[None, :]  # each direction's bit on top
+        signs = ((turned & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+        return tl.reshape(signs, (elements.shape[0], COUNT))

@@ -125,7 +125,7 @@ def _update(
             new = tl.load(theta + e, mask=mask, other=0.0).to(ACC) * tl.cast(decay, ACC) - tl.cast(lr, ACC) * v
             if NOISE:
                 index = (place + first + block) // 4 + tl.arange(0, BLOCK // 4)
-                new += tl.cast(noise, ACC) * philox.values(index, k0, k1, o0, o1, True).to(ACC)
+                new += tl.cast(noise, ACC) * philox.normals(index, k0, k1, o0, o1).to(ACC)
             tl.store(theta + e, new.to(P), mask=mask)
 
 

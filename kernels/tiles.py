@@ -218,3 +218,18 @@ def gram(layer: Layer, left: Side, right: Side | None) -> Tensor:
             accumulate(x, y, partial, chunk[1] * chunk[3], first, right is None, contract_precision(left.a.dtype))
             first = False
     return finish(partial, right is None)
+
+
+def project(layer: Layer, s: Side, k: int, contract) -> Tensor:
+    """(n, k) float32: contract(scratch, partial, width, first element of the weight, first launch) adds each chunk of gradients."""
+    dtype = scratch_dtype(s.a.dtype)
+    plan = list(chunks(s.n, layer, dtype.itemsize, whole_rows=True))
+    scratch = s.a.new_empty(s.n, cdiv(plan[0][1] * plan[0][3], 64) * 64, dtype=dtype)
+    partial, first = partials(s.n, k, s.a), True
+    for group in range(layer.groups):
+        for chunk in plan:
+            form(layer, s, group, scratch, chunk)
+            at = (group * layer.d_out + chunk[0]) * layer.d_in
+            contract(scratch, partial, chunk[1] * chunk[3], at, first)
+            first = False
+    return finish(partial, False)

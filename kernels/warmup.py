@@ -6,7 +6,7 @@ CUDA graph capture, where neither a compilation nor a first pointer table belong
 
 import torch
 
-from . import combine, gram, project, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, tiles, tune, w2
+from . import combine, gram, project, project_random, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, tiles, tune, w2
 from .launch import precision
 
 
@@ -32,15 +32,15 @@ def _contractions(dtype: torch.dtype, device) -> None:
     combine.combine_conv(x, g, w[:, :16], *shape)
     for k in (1, 16):
         project.project(*many, torch.zeros(k, 64, 64, dtype=dtype, device=device))
-    for kind in ("sign", "gaussian"):
-        project.project_random(*many, 16, seed=0, kind=kind)
-        project.project_random_conv(x, g, 16, *shape, seed=0, kind=kind)
+    for kind, k in (("sign", 16), ("sign", 64), ("sign", 128), ("gaussian", 16)):
+        project_random.project_random(*many, k, seed=0, kind=kind)
+        project_random.project_random_conv(x, g, k, *shape, seed=0, kind=kind)
     ids = torch.zeros(32, 64, dtype=torch.int64, device=device)
     gram.gram_embedding(ids, many[1])
     sqnorm.sqnorm_embedding(ids, many[1])
     combine.combine_embedding(ids, many[1], w, 128)
     project.project_embedding(ids, many[1], torch.zeros(2, 128, 64, dtype=dtype, device=device))
-    project.project_random_embedding(ids, many[1], 2, 128, seed=0)
+    project_random.project_random_embedding(ids, many[1], 2, 128, seed=0)
 
 
 def _losses(dtype: torch.dtype, device) -> None:

@@ -32,12 +32,12 @@ Layer layer(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype) 
 }
 
 template <class T>
-LinearGradients<T>::LinearGradients(const T* a_, const T* b_, int64_t n_, int64_t t_, int64_t d_in_, int64_t d_out_, bool may_swap)
+LinearGradients<T>::LinearGradients(const T* a_, const T* b_, int64_t n_, int64_t t_, int64_t d_in_, int64_t d_out_)
     : a(a_), b(b_), t(t_), d_in(d_in_), d_out(d_out_) {
   this->n = n_;
   const auto& k = contract_of<T>();
   // the side that a panel holds is padded to its width: let it be the one that loses less
-  if (may_swap && up(d_in, k.rows) * up(d_out, k.width) < up(d_out, k.rows) * up(d_in, k.width)) {
+  if (up(d_in, k.rows) * up(d_out, k.width) < up(d_out, k.rows) * up(d_in, k.width)) {
     std::swap(a, b);
     std::swap(d_in, d_out);
   }
@@ -75,41 +75,6 @@ template <class T> void GivenGradients<T>::form(int64_t i, const Piece& p, T* ce
   else
     for (int64_t j = 0; j < p.j; ++j)
       for (int64_t o = 0; o < p.o; ++o) cells[j * width + o] = from[o * d_in + j];
-}
-
-Stream stream_of(const char* op, int64_t k, int64_t seed, int64_t offset, const std::string& kind) {
-  STD_TORCH_CHECK(k >= 0 && (kind == "sign" || kind == "gaussian"), op, ": k >= 0, kind sign or gaussian");
-  return {(uint64_t)seed, (uint64_t)offset, kind == "sign"};
-}
-
-template <class T>
-RandomGradients<T>::RandomGradients(int64_t first_, int64_t k, int64_t d_in_, int64_t d_out_, int64_t groups_, bool columns_,
-                                    const std::vector<Piece>& like, const Stream& stream_)
-    : first(first_), d_in(d_in_), d_out(d_out_), groups(groups_), columns(columns_), stream(stream_) {
-  this->n = k;
-  this->pieces = like;
-}
-
-template <class T> int64_t RandomGradients<T>::work() const {
-  int64_t most = 0;
-  for (const Piece& p : this->pieces) most = std::max(most, p.j == d_in ? p.o * p.j : p.j);
-  return (most + 3) * sizeof(float);
-}
-
-template <class T> void RandomGradients<T>::form(int64_t i, const Piece& p, T* cells, void* work) const {
-  const int64_t start = (((first + i) * groups + p.group) * (d_out / groups) + p.o0) * d_in + p.j0;
-  const int64_t down = columns ? 1 : p.cells / p.o, across = columns ? p.cells / p.j : 1;
-  // short rows that follow one another in the stream: a draw at a time is many
-  const float* all = p.j == d_in ? stream.draw(start, p.o * p.j, (float*)work) : nullptr;
-  if (p.cells > p.o * p.j) std::memset((void*)cells, 0, p.cells * sizeof(T));
-  for (int64_t o = 0; o < p.o; ++o) {
-    const float* row = all ? all + o * p.j : stream.draw(start + o * d_in, p.j, (float*)work);
-    T* to = cells + o * down;
-    if (across == 1)
-      for (int64_t j = 0; j < p.j; ++j) to[j] = (T)row[j];
-    else
-      for (int64_t j = 0; j < p.j; ++j) to[j * across] = (T)row[j];
-  }
 }
 
 ConvShape conv_shape(const Tensor& x, const Tensor& g, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
@@ -261,7 +226,6 @@ void ConvPositions<T>::rows(int64_t first, int64_t count, const T** pa, const T*
 #define EF_INSTANTIATE(T)                                                  \
   template struct LinearGradients<T>;                                      \
   template struct GivenGradients<T>;                                       \
-  template struct RandomGradients<T>;                                      \
   template struct ConvGradients<T>;                                        \
   template struct LinearPositions<T>;                                      \
   template struct ConvPositions<T>;

@@ -22,6 +22,11 @@ struct Piece {
   int64_t o0, o, j0, j, cells, group;
 };
 
+struct Stretch {  // pieces [first, last) of all rows, `cells` elements a row together
+  size_t first, last;
+  int64_t cells, widest;
+};
+
 template <class T> struct Gradients {
   int64_t n = 0;
   std::vector<Piece> pieces;
@@ -29,13 +34,19 @@ template <class T> struct Gradients {
   virtual int64_t work() const = 0;                                             // bytes of buffer form() needs
   virtual void prepare(void* work) const {}                                     // once a thread, before form()
   virtual void form(int64_t sample, const Piece&, T* cells, void* work) const = 0;
+  // rows [first, first + count), ld elements apart
+  virtual void form_rows(int64_t first, int64_t count, const Piece& piece, T* cells, int64_t ld, void* work) const {
+    for (int64_t i = 0; i < count; ++i) form(first + i, piece, cells + i * ld, work);
+  }
+  // form and pack tasks [begin, end) of a stretch, of contract_of<T>().lanes rows of a piece each
+  virtual void panels(const Stretch&, int64_t begin, int64_t end, T* out) const;
 };
 
 // b^T a of a linear layer, a (n,t,d_in), b (n,t,d_out) contiguous
 template <class T> struct LinearGradients : Gradients<T> {
   const T *a, *b;
   int64_t t, d_in, d_out;
-  LinearGradients(const T* a, const T* b, int64_t n, int64_t t, int64_t d_in, int64_t d_out, bool may_swap = true);
+  LinearGradients(const T* a, const T* b, int64_t n, int64_t t, int64_t d_in, int64_t d_out);
   int64_t work() const override;
   void form(int64_t sample, const Piece&, T* cells, void* work) const override;
 };
@@ -49,32 +60,6 @@ template <class T> struct GivenGradients : Gradients<T> {
   GivenGradients(const T* rows, int64_t k, int64_t d_in, int64_t d_out, int64_t groups, bool columns, const std::vector<Piece>& like);
   int64_t work() const override { return 0; }
   void form(int64_t sample, const Piece&, T* cells, void* work) const override;
-};
-
-// of Philox: +-1 or standard normals
-struct Stream {
-  uint64_t seed, offset;
-  bool sign;
-  // elements [at, at + count), at least one; whole blocks are drawn: `room` holds count + 3
-  const float* draw(int64_t at, int64_t count, float* room) const {
-    const int64_t lead = at % 4;
-    (sign ? steps().sign : steps().normal)(room, count + lead, at - lead, seed, offset);
-    return room + lead;
-  }
-};
-// the arguments of random directions, checked in the name of `op`
-Stream stream_of(const char* op, int64_t k, int64_t seed, int64_t offset, const std::string& kind);
-
-// Rows that are drawn: element (row, o, j) is that element of the stream, rows laid end to end as weights (d_out, d_in); cut as
-// given ones are.
-template <class T> struct RandomGradients : Gradients<T> {
-  int64_t first, d_in, d_out, groups;  // the first row that is drawn
-  bool columns;
-  Stream stream;
-  RandomGradients(int64_t first, int64_t k, int64_t d_in, int64_t d_out, int64_t groups, bool columns, const std::vector<Piece>& like,
-                  const Stream&);
-  int64_t work() const override;
-  void form(int64_t row, const Piece&, T* cells, void* work) const override;
 };
 
 struct ConvShape {  // 1 to 3 sizes, as 3

@@ -11,6 +11,7 @@ namespace ef::cpu {
 #define EF_DECLARE(type, name) extern const type name##_plain;
 #endif
 EF_DECLARE(ContractTables, contract)
+EF_DECLARE(Draws, draws)
 EF_DECLARE(Loops, loops)
 EF_DECLARE(Steps, steps)
 
@@ -44,6 +45,7 @@ int level() {
 #endif
 
 const ContractTables& contract() { return EF_CHOOSE(contract); }
+const Draws& draws() { return EF_CHOOSE(draws); }
 const Loops& loops() { return EF_CHOOSE(loops); }
 const Steps& steps() { return EF_CHOOSE(steps); }
 

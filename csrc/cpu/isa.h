@@ -2,12 +2,14 @@
 #pragma once
 
 #include "isa/contract.h"
+#include "isa/draw.h"
 #include "isa/loops.h"
 #include "isa/step.h"
 
 namespace ef::cpu {
 
 const ContractTables& contract();
+const Draws& draws();
 const Loops& loops();
 const Steps& steps();
 
@@ -15,5 +17,9 @@ template <class T> const Contract<T>& contract_of();
 template <> inline const Contract<float>& contract_of<float>() { return contract().f32; }
 template <> inline const Contract<double>& contract_of<double>() { return contract().f64; }
 template <> inline const Contract<uint16_t>& contract_of<uint16_t>() { return contract().bf16; }
+
+template <class T> const Signs<T>& signs_of();
+template <> inline const Signs<float>& signs_of<float>() { return draws().f32; }
+template <> inline const Signs<double>& signs_of<double>() { return draws().f64; }
 
 }  // namespace ef::cpu

@@ -3,8 +3,9 @@
 //   factors  D_k against the factors, (b D_k) o a, some samples at a time: through torch's GEMM    2 n t k d_in d_out FLOPs
 //   tiles    gradients formed, packed, multiplied by the same piece of every direction             2 n (t + k) d_in d_out FLOPs
 //   few      the same, products one by one: nothing packed, nothing padded to a panel's width
-// A random basis is drawn piece by piece, once for all samples, and never stored. Limit: the FMA rate.
-#include "factors.h"
+// A random basis is drawn piece by piece, once for all samples, and never stored: a Philox block an element for 128 directions of
+// signs, or 4 of normals. Limit: the FMA rate.
+#include "directions.h"
 #include "kernels.h"
 
 namespace ef::cpu {
@@ -56,16 +57,17 @@ template <class T> void by_factors(const Tensor& a, const Tensor& b, const Tenso
 
 // `make(first, count)`: some of the directions, as gradients
 template <class T, class F> void by_tiles(const Gradients<T>& left, int64_t k, Tensor& out, F make) {
+  auto contract = [&](const auto& right, T* to) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(right)>, RandomGradients<T>>) contract_drawn<T>(left, right, to);
+    else contract_tiles<T, T>(left, &right, to);
+  };
   for (int64_t first = 0; first < k; first += kDirections) {
     const int64_t count = std::min(kDirections, k - first);
     const auto right = make(first, count);
     if (k <= kFew) return contract_few<T>(left, right, data<T>(out));
-    if (count == k) {
-      contract_tiles<T, T>(left, &right, data<T>(out));
-      continue;
-    }
+    if (count == k) return contract(right, data<T>(out));
     Tensor part = empty_like_dtype(out, {left.n, count}, out.scalar_type());
-    contract_tiles<T, T>(left, &right, data<T>(torch::stable::zero_(part)));
+    contract(right, data<T>(torch::stable::zero_(part)));
     Tensor into = slice(out, 1, first, first + count);
     torch::stable::copy_(into, part);
   }
@@ -106,15 +108,17 @@ Tensor project(const Tensor& a, const Tensor& b, const Tensor& basis_) {
 }
 
 Tensor project_random(const Tensor& a, const Tensor& b, int64_t k, int64_t seed, int64_t offset, std::string kind) {
-  const Stream stream = stream_of("project_random", k, seed, offset, kind);
+  Directions directions = directions_of("project_random", k, seed, offset, kind);
   auto [x, out] = onto(a, b, k);
+  directions.numel = x.d_in * x.d_out;
   if (nothing(x, out)) return out;
   by_wide_type(out.scalar_type(), [&, &x = x, &out = out](auto zero) {
     using T = decltype(zero);
-    // not swapped: a row of a piece is then drawn as it follows in the stream
-    const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out, false);
+    const LinearGradients<T> left(data<T>(x.a), data<T>(x.b), x.n, x.t, x.d_in, x.d_out);
+    const bool swapped = left.a != data<T>(x.a);
+    const Places places = swapped ? Places{0, 1, x.d_in} : Places{0, x.d_in, 1};
     by_tiles<T>(left, k, out, [&](int64_t first, int64_t count) {
-      return RandomGradients<T>(first, count, x.d_in, x.d_out, 1, false, left.pieces, stream);
+      return RandomGradients<T>(first, count, places, false, left.pieces, directions);
     });
   });
   return out;
@@ -159,10 +163,12 @@ Tensor project_conv(const Tensor& x, const Tensor& g, const Tensor& basis_, std:
 Tensor project_random_conv(const Tensor& x, const Tensor& g, int64_t k, std::vector<int64_t> kernel, std::vector<int64_t> stride,
                            std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t seed, int64_t offset,
                            std::string kind) {
-  const Stream stream = stream_of("project_random_conv", k, seed, offset, kind);
+  Directions directions = directions_of("project_random_conv", k, seed, offset, kind);
   return onto_conv(x, g, k, kernel, stride, padding, dilation, groups, [&]<class T>(int64_t first, int64_t count,
                                                                                    const ConvGradients<T>& left) {
-    return RandomGradients<T>(first, count, left.s.c_in / groups * left.s.volume(), left.s.c_out, groups, true, left.pieces, stream);
+    const int64_t d_in = left.s.c_in / groups * left.s.volume();
+    directions.numel = left.s.c_out * d_in;
+    return RandomGradients<T>(first, count, {directions.numel / groups, d_in, 1}, true, left.pieces, directions);
   });
 }
 

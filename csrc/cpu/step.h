@@ -117,7 +117,7 @@ template <class A, class F> void for_stretches(const std::vector<Block>& work, i
       for (int64_t at = 0, count; at < b.count; at += count) {
         const int64_t lead = (b.global + at) % 4;  // noise starts at a whole Philox block
         count = std::min(kStage - lead, b.count - at);
-        if (noise.scale != 0) steps().normal(xi, count + lead, b.global + at - lead, noise.seed, noise.offset);
+        if (noise.scale != 0) draws().stream(xi, count + lead, b.global + at - lead, noise.seed, noise.offset);
         f(Stretch<A>{b.tensor, b.begin + at, count, stage.data(), pointers.data(), noise.scale != 0 ? xi + lead : nullptr});
       }
     }

@@ -28,7 +28,7 @@ int ef_cuda_gram(int form, int type, const ef::cuda::Factors* left, const ef::cu
 
 // how many partial projections (each n × k float) the caller provides
 int64_t ef_cuda_project_random_partials(int type, const ef::cuda::Factors* x, int64_t d_in, int64_t d_out, int64_t k);
-// out (n, k) float: gradients onto k directions whose entry (j, e) is Philox element j·d_out·d_in + e of (seed, offset)
+// out (n, k) float: gradients onto k directions of (seed, offset), as reference/philox.py defines them
 int ef_cuda_project_random(int type, const ef::cuda::Factors* x, int64_t d_in, int64_t d_out, int64_t k, uint64_t seed,
                            uint64_t offset, int gaussian, float* partial, int64_t partials, float* out, void* stream);
 }

@@ -1,7 +1,6 @@
-// Philox4x32-10 and Box-Muller: the very numbers of reference/philox.py, csrc/cpu/isa/loops.cpp and kernels/philox.py.
+// Philox4x32-10 and Box-Muller: the very numbers of reference/philox.py, csrc/cpu/isa/draw.cpp and kernels/philox.py.
 //
-// Element e takes word e % 4 of the block with counter (e / 4, offset) and key seed. Words are equal to the bit on every
-// backend; normals differ by the last place of log, sin and cos.
+// Words are equal to the bit on every backend; normals differ by the last place of log, sin and cos.
 #pragma once
 
 #include <math.h>

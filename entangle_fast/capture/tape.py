@@ -390,7 +390,7 @@ class Tape:
 
         Args:
             k: how many. The first ones of a larger k are those of a smaller one.
-            seed: element e of direction j, of parameter i of ``params`` laid flat, is Philox element j·numel_i + e of stream (seed, i):
+            seed: parameter i of ``params``, laid flat, meets the directions of (seed, offset i) in entangle_fast/reference/philox.py:
                 the numbers depend on nothing else, be it the backend, the layer, how often a parameter is used, or the chunks.
             kind: "sign" (±1) or "gaussian" (standard normal, drawn in float32).
 
@@ -401,9 +401,8 @@ class Tape:
         norms from what the tape holds. Where a weight is computed from parameters (LoRA merged, weight norm, parts of a
         parameter), gradients are formed for as many samples as two chunks of 64 MiB hold (128 in float64), one at least.
 
-        Equivalent to: ``draw = {"sign": philox.sign, "gaussian": philox.normal}[kind];
-        G = [g.view(tape.n, p.numel()) for p, g in zip(tape.params, tape.per_sample().values())];
-        sum(g @ draw(k * g.shape[1], seed, i).view(k, g.shape[1]).T.to(g.dtype) for i, g in enumerate(G))``
+        Equivalent to: ``G = [g.view(tape.n, p.numel()) for p, g in zip(tape.params, tape.per_sample().values())];
+        sum(g @ philox.directions(k, g.shape[1], seed, i, kind).T.to(g.dtype) for i, g in enumerate(G))``
         with philox from entangle_fast.reference
 
         Raises: ValueError and TypeError naming k, seed or kind; CaptureError before the backward, and after one with stream=.

@@ -61,12 +61,12 @@ def project_random(a: Tensor, b: Tensor, k: int, *, seed: int, offset: int = 0, 
 
     Args:
         a: (n, d_in) or (n, t, d_in).  b: (n, d_out) or (n, t, d_out), as in gram.  k: number of directions.
-        kind: "sign" (±1) or "gaussian", from Philox stream (seed, offset): the same numbers on every backend. One stream a layer:
-            the sums over layers are then the projections of the whole gradients.
+        kind: "sign" (±1) or "gaussian", as entangle_fast/reference/philox.py draws directions: the same numbers on every backend.
+            One offset a layer: the sums over layers are then the projections of the whole gradients.
 
     Divided by √k, dot products of the rows estimate those of the gradients (Johnson & Lindenstrauss).
 
-    Equivalent to: ``D = philox.sign(k * b.shape[-1] * a.shape[-1], seed, offset).view(k, b.shape[-1], a.shape[-1]);
+    Equivalent to: ``D = philox.directions(k, b.shape[-1] * a.shape[-1], seed, offset).view(k, b.shape[-1], a.shape[-1]);
     torch.einsum("nto,nti,koi->nk", b, a, D.to(a.dtype))`` for "sign", with philox from entangle_fast.reference
 
     >>> import torch, entangle_fast as ef
@@ -89,9 +89,9 @@ def project_random_conv(
     """A convolution's per-sample weight gradients onto k random directions, (n, k); nothing is unfolded, no direction stored.
 
     x (n,C_in,*size), g (n,C_out,*out), and how they belong together as in gram_conv; k, seed, offset and kind as in project_random:
-    element e of direction j, flat in a weight (C_out, C_in/groups, *kernel_size), is Philox element j·numel + e of stream (seed, offset).
+    elements are those of the weight (C_out, C_in/groups, *kernel_size) laid flat.
 
-    Equivalent to: ``D = philox.sign(k * torch.Size(shape).numel(), seed, offset).view(k, *shape);
+    Equivalent to: ``D = philox.directions(k, torch.Size(shape).numel(), seed, offset).view(k, *shape);
     project_conv(x, g, D, stride=stride, padding=padding, dilation=dilation, groups=groups)`` for "sign" and a weight of that shape
     """
     shape = check.conv_arguments(x, g, kernel_size, stride, padding, dilation, groups)
@@ -105,10 +105,9 @@ def project_random_embedding(
 ) -> Tensor:
     """A lookup table's per-sample gradients onto k random directions, (n, k); drawn are only the rows that ids name.
 
-    ids (n,t), b (n,t,d); k, seed, offset and kind as in project_random: element e of direction j, flat in the (num_embeddings, d) table,
-    is Philox element j·numel + e of stream (seed, offset).
+    ids (n,t), b (n,t,d); k, seed, offset and kind as in project_random: elements are those of the (num_embeddings, d) table laid flat.
 
-    Equivalent to: ``D = philox.sign(k * num_embeddings * b.shape[2], seed, offset).view(k, num_embeddings, b.shape[2]);
+    Equivalent to: ``D = philox.directions(k, num_embeddings * b.shape[2], seed, offset).view(k, num_embeddings, b.shape[2]);
     torch.einsum("ntd,kntd->nk", b, D[:, ids].to(b.dtype))`` for "sign" without padding_idx
     """
     check.lookup(ids, b)

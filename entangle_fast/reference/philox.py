@@ -1,12 +1,18 @@
-"""Philox4x32-10 (Salmon et al., SC 2011): random numbers as a function of (seed, offset, element).
+"""Philox4x32-10 (Salmon et al., SC 2011): random numbers as a function of (seed, offset, index), the same on every backend, in any order.
 
-Every backend draws the same numbers, in any order, and a resumed run continues the same stream.
-Element e takes word e % 4 of the block with counter (e // 4, offset) and key seed.
+A block is four 32-bit words: counter (index as int64, offset as int64), low half first, key seed. Two ways to read blocks:
+
+    a stream      element e takes word e % 4 of block e // 4, so that four neighbours share a call: the noise of steps
+    directions    D[j, e], e < numel, takes of block (j // each)·numel + e
+                  sign      each = 128: bit j % 128, which is bit j % 32 of word j % 128 // 32; set: −1, else +1
+                  gaussian  each = 4: number j % 4 of the block's four normals
+                  so that a call serves as many directions of one element as it has numbers, wherever a row begins
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,11 +20,7 @@ from torch import Tensor
 _M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
-def _blocks(first: int, count: int, seed: int, offset: int | Tensor, device) -> list[Tensor]:
-    return _words(torch.arange(first, first + count, dtype=torch.int64, device=device), seed, offset)
-
-
-def _words(index: Tensor, seed: int, offset: int | Tensor) -> list[Tensor]:
+def _blocks(index: Tensor, seed: int, offset: int | Tensor) -> list[Tensor]:
     """The four words of blocks ``index``, int64 of any shape."""
     zero = torch.zeros_like(index)
     c = [index & _MASK, (index >> 32) & _MASK, zero + (offset & _MASK), zero + ((offset >> 32) & _MASK)]
@@ -30,47 +32,49 @@ def _words(index: Tensor, seed: int, offset: int | Tensor) -> list[Tensor]:
     return c
 
 
-def _numbers(words: list[Tensor], kind: str) -> Tensor:
-    """The four words of blocks (…) → float32 (…, 4): "sign", or "gaussian" by Box–Muller on words (0, 1) and (2, 3)."""
-    if kind == "sign":
-        return 1.0 - 2.0 * (torch.stack(words, -1) >> 31).float()
+def _normals(words: list[Tensor]) -> list[Tensor]:
+    """Four standard normals (float32) of each block, by Box–Muller on words (0, 1) and (2, 3)."""
     u = [((w >> 8).float() + 0.5) * 2.0**-24 for w in words]
     out = []
     for u1, u2 in ((u[0], u[1]), (u[2], u[3])):
         radius, angle = (-2.0 * u1.log()).sqrt(), (2.0 * math.pi) * u2
         out += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(out, -1)
+    return out
 
 
 def words(numel: int, seed: int, offset: int = 0, start: int = 0, device=None) -> Tensor:
-    """``numel`` 32-bit words, as int64 (numel,), from element ``start`` on."""
-    first = start // 4
-    count = (start + numel + 3) // 4 - first
-    flat = torch.stack(_blocks(first, count, seed, offset, device), 1).flatten()
-    return flat[start - 4 * first :][:numel]
+    """``numel`` words of the stream, as int64 (numel,), from element ``start`` on."""
+    return _stretch(numel, seed, offset, start, device, list)
 
 
 def normal(numel: int, seed: int, offset: int | Tensor = 0, start: int = 0, device=None) -> Tensor:
-    """Standard normal float32 (numel,) by Box–Muller on word pairs (0, 1) and (2, 3) of each block.
+    """Standard normals of the stream, float32 (numel,).
 
     offset: a 0-d int64 tensor too, which the host never reads.
     """
-    return _stretch(numel, seed, offset, start, device, "gaussian")
+    return _stretch(numel, seed, offset, start, device, _normals)
 
 
-def sign(numel: int, seed: int, offset: int = 0, start: int = 0, device=None) -> Tensor:
-    """±1 float32 (numel,) from the top bit of each word (set: −1)."""
-    return _stretch(numel, seed, offset, start, device, "sign")
-
-
-def _stretch(numel, seed, offset, start, device, kind) -> Tensor:
+def _stretch(numel, seed, offset, start, device, numbers) -> Tensor:
     first = start // 4
-    count = (start + numel + 3) // 4 - first
-    return _numbers(_blocks(first, count, seed, offset, device), kind).flatten()[start - 4 * first :][:numel]
+    index = torch.arange(first, (start + numel + 3) // 4, dtype=torch.int64, device=device)
+    return torch.stack(numbers(_blocks(index, seed, offset)), 1).flatten()[start - 4 * first :][:numel]
 
 
-def rows(starts: Tensor, width: int, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
-    """float32 (m, width): row r holds elements starts[r], starts[r] + 1, … of the stream. starts: int64 (m,)."""
-    index = (starts // 4).unsqueeze(1) + torch.arange((width + 6) // 4, device=starts.device)
-    drawn = _numbers(_words(index, seed, offset), kind).flatten(1)
-    return drawn.gather(1, (starts % 4).unsqueeze(1) + torch.arange(width, device=starts.device))
+def each_direction(k: int, elements: Tensor, numel: int, seed: int, offset: int = 0, kind: str = "sign") -> Iterator[Tensor]:
+    """D[0], …, D[k − 1] at ``elements`` (int64, any shape) of a weight of ``numel``: float32 of that shape each."""
+    for j in range(k):
+        if kind == "sign":
+            if j % 128 == 0:
+                drawn = _blocks(elements + j // 128 * numel, seed, offset)
+            yield 1.0 - 2.0 * (drawn[j % 128 // 32] >> j % 32 & 1).float()
+        else:
+            if j % 4 == 0:
+                drawn = _normals(_blocks(elements + j // 4 * numel, seed, offset))
+            yield drawn[j % 4]
+
+
+def directions(k: int, numel: int, seed: int, offset: int = 0, kind: str = "sign", device=None) -> Tensor:
+    """D, float32 (k, numel): "sign" (±1) or "gaussian" (standard normal). The first ones of a larger k are those of a smaller one."""
+    elements = torch.arange(numel, dtype=torch.int64, device=device)
+    return torch.stack(list(each_direction(k, elements, numel, seed, offset, kind))) if k else torch.empty(0, numel, device=device)

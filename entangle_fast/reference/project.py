@@ -40,19 +40,23 @@ def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, padding_idx: int = 
     return torch.stack(columns, 1) if columns else b.new_zeros(len(b), 0)
 
 
+_STRETCH = 1 << 16  # elements that are drawn at a time: their words are 32 bytes each, and as many again are at work
+
+
 def _onto_drawn(grads: Tensor, out: Tensor, seed: int, offset: int, kind: str) -> None:
-    """out (n, k) = grads (n, P) · Dᵀ, D[j, e] = element j·P + e of stream (seed, offset); one direction at a time."""
+    """out (n, k) += grads (n, P) · Dᵀ, D (k, P) as in philox.directions; one direction at a time."""
     size = grads.shape[1]
-    draw = philox.sign if kind == "sign" else philox.normal
-    for j in range(out.shape[1]):
-        out[:, j] = grads @ draw(size, seed, offset, start=j * size, device=grads.device).to(grads.dtype)
+    for at in range(0, size, _STRETCH):
+        elements = torch.arange(at, min(at + _STRETCH, size), device=grads.device)
+        for j, d in enumerate(philox.each_direction(out.shape[1], elements, size, seed, offset, kind)):
+            out[:, j] += grads[:, at : at + _STRETCH] @ d.to(grads.dtype)
 
 
 def project_random(a: Tensor, b: Tensor, k: int, seed: int, offset: int = 0, kind: str = "sign") -> Tensor:
     """Per-sample gradients of a linear layer onto k random directions, (n, k).
 
-    The basis is never stored: entry (j, e) of direction j and flat weight element e is Philox element
-    j·(d_out·d_in) + e of stream (seed, offset). kind: "sign" (±1) or "gaussian".
+    The basis is never stored: D[j, e] of direction j and flat weight element e is defined in reference/philox.py, numel being
+    d_out·d_in. kind: "sign" (±1) or "gaussian".
     """
     dtype = accumulate_dtype(a, b)
     a, b = with_positions(a).to(dtype), with_positions(b).to(dtype)
@@ -76,7 +80,7 @@ def project_random_conv(
     return out
 
 
-_DRAWN_BYTES = 48  # at work on an element, Philox's int64 words
+_DRAWN_BYTES = 80  # at work on an element, Philox's int64 words
 
 
 def project_random_embedding(
@@ -88,7 +92,7 @@ def project_random_embedding(
     out = b.new_zeros(n, k)
     for lo, hi in chunks(n, t * d * _DRAWN_BYTES):
         rows, at = ids[lo:hi].unique(return_inverse=True)
-        for j in range(k):
-            drawn = philox.rows((j * num_embeddings + rows) * d, d, seed, offset, kind).to(b.dtype)
-            out[lo:hi, j] = (b[lo:hi] * F.embedding(at, drawn)).sum((1, 2))
+        elements = rows.unsqueeze(1) * d + torch.arange(d, device=b.device)
+        for j, drawn in enumerate(philox.each_direction(k, elements, num_embeddings * d, seed, offset, kind)):
+            out[lo:hi, j] = (b[lo:hi] * F.embedding(at, drawn.to(b.dtype))).sum((1, 2))
     return out

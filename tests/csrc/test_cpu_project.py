@@ -1,3 +1,4 @@
+import one_hot
 import pytest
 import torch
 
@@ -20,7 +21,8 @@ CONVS = [
 ]
 
 # n, t, d, table, k: few ids, one a sample, rows wider than what is drawn at a time, directions of two panels
-LOOKUPS = [(7, 5, 3, 11, 2), (40, 3, 16, 2, 70), (3, 1, 1030, 50, 33), (1, 9, 37, 4, 1), (0, 3, 4, 5, 2), (4, 0, 3, 5, 2), (4, 2, 3, 5, 0)]
+LOOKUPS = [(7, 5, 3, 11, 2), (4, 3, 600, 5, 300), (40, 3, 16, 2, 70), (3, 1, 1030, 50, 33), (1, 9, 37, 4, 1), (0, 3, 4, 5, 2),
+           (4, 0, 3, 5, 2), (4, 2, 3, 5, 0)]  # fmt: skip
 
 
 @pytest.fixture
@@ -136,3 +138,20 @@ def test_lookups_onto_drawn_directions(cpp, close_to_drawn, dtype, kind, n, t, d
             cpp.project_random_embedding(torch.full_like(ids, wrong), b, k, table, 1)
     torch.testing.assert_close(cpp.project_random_embedding(ids.int(), b, k, table, 1), cpp.project_random_embedding(ids, b, k, table, 1),
                                rtol=0, atol=0, equal_nan=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("k", one_hot.COUNTS)
+def test_the_numbers_are_those_of_the_reference(cpp, wide, kind, k):
+    rest = (*one_hot.STREAM, kind)
+    for d_out, d_in in ((3, 5), (1, 40), (34, 2)):  # panels hold either side
+        a, b = (x.to(wide) for x in one_hot.linear(d_out, d_in))
+        one_hot.assert_drawn(cpp.project_random(a, b, k, *rest), one_hot.directions(k, d_out * d_in, kind), kind)
+    ids, b = one_hot.lookup(4, 6)
+    one_hot.assert_drawn(cpp.project_random_embedding(ids, b.to(wide), k, 4, *rest), one_hot.directions(k, 24, kind), kind)
+    for groups in (1, 2):
+        x, g = (x.to(wide) for x in one_hot.conv(4, 6, [2, 2], groups))
+        want = one_hot.directions(k, groups * len(x), kind).reshape(groups, len(x), k).sum(0)
+        found = cpp.project_random_conv(x, g, k, [2, 2], [1, 1], [0, 0], [1, 1], groups, *rest)
+        one_hot.assert_drawn(found, want, kind)

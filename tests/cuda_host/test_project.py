@@ -1,5 +1,6 @@
 """csrc/cuda/project.cu on the CPU against the reference in float64: the same numbers drawn, error at most twice plain PyTorch's."""
 
+import one_hot
 import pytest
 import torch
 from calls import project_random
@@ -46,3 +47,15 @@ def test_out_of_bounds_is_seen():
     a, b = torch.randn(5, 6, 8), torch.randn(5, 6, 16)
     with pytest.raises(RuntimeError, match="outside"):
         project_random(a, b, 4, 3, beyond=16)
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("k", one_hot.COUNTS)
+def test_the_numbers_are_those_of_the_reference(k, kind):
+    a, b = (x.unsqueeze(1) for x in one_hot.linear(3, 5))
+    seed, offset = (x % 2**64 for x in one_hot.STREAM)
+    one_hot.assert_drawn(project_random(a, b, k, seed, offset, kind), one_hot.directions(k, 15, kind), kind)
+    if kind == "sign":  # of more than one tile, and in 16 bits
+        a, b = (x.unsqueeze(1).bfloat16() for x in one_hot.linear(33, 17))
+        some = torch.arange(0, len(a), 9)
+        assert torch.equal(project_random(a[some], b[some], k, seed, offset), one_hot.directions(k, len(a), kind)[some])

@@ -52,6 +52,7 @@ def calls(device: str) -> dict:
         "combine": lambda: ef.ops.combine(a, b, r(2, 33)),
         "project": lambda: ef.ops.project(a, b, r(3, 24, 40)),
         "project_random": lambda: ef.ops.project_random(a, b, 3, seed=1),
+        "project_random of many": lambda: ef.ops.project_random(low, low_b, 200, seed=1),
         "project_random bf16": lambda: ef.ops.project_random(low, low_b, 9, seed=1, kind="gaussian"),
         "project_random of a convolution": lambda: ef.ops.project_random_conv(x, y, 3, 3, seed=1, **conv),
         "project_random of a table": lambda: ef.ops.project_random_embedding(ids, b, 3, 9, seed=1),

@@ -68,14 +68,14 @@ def test_contractions_load_sixteen_bytes_at_a_time(recorded):
 
 def test_more_samples_than_a_grids_second_axis_has():
     import torch
-    from entangle_fast.kernels import project, sqnorm
+    from entangle_fast.kernels import project, project_random, sqnorm
 
     def calls():  # launches.record checks every grid
         for t in (2, 16):
             a, b = torch.zeros(70000, t, 8), torch.zeros(70000, t, 8)
             sqnorm.sqnorm(a, b)
             project.project(a, b, torch.zeros(3, 8, 8))
-        project.project_random(a, b, 3, seed=1)
+        project_random.project_random(a, b, 3, seed=1)
 
     found = {k.fn.__name__ for k, _, _ in launches.record(calls)}
     assert {"_pair_norms", "_tile_norms", "_form", "_accumulate", "_random"} <= found
@@ -109,6 +109,7 @@ def test_warmup_launches_every_kernel():
         combine,
         gram,
         project,
+        project_random,
         sample_loss,
         sqnorm,
         step,
@@ -122,7 +123,8 @@ def test_warmup_launches_every_kernel():
     from triton.runtime.jit import JITFunction
 
     launched = {k.fn for k, _, _ in launches.record(lambda: warmup.warmup("cpu", (torch.bfloat16,)))}
-    for module in (combine, gram, project, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, tiles, w2):
+    modules = combine, gram, project, project_random, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, tiles, w2
+    for module in modules:
         for name, found in vars(module).items():
             if isinstance(found, JITFunction) and "program_id" in inspect.getsource(found.fn) and name != "_restore":
                 assert found.fn in launched, f"{module.__name__}.{name} is not warmed up"

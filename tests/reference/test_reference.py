@@ -135,22 +135,23 @@ def test_small_chunks_change_nothing(rand, generator, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
 @pytest.mark.parametrize("chunk", [64 << 20, 1])
-def test_random_projection_uses_the_philox_stream(rand, generator, kind, chunk, monkeypatch):
+def test_random_projection_draws_as_philox_says(rand, generator, kind, chunk, monkeypatch):
     monkeypatch.setattr("entangle_fast.reference.per_sample.CHUNK_BYTES", chunk)
-    draw, rest = {"sign": philox.sign, "gaussian": philox.normal}[kind], (7, 2, kind)
+    monkeypatch.setattr(sys.modules["entangle_fast.reference.project"], "_STRETCH", min(chunk, 7))
+    k, rest = {"sign": 130, "gaussian": 5}[kind], (7, 2, kind)
 
     def onto(g):
-        return g @ draw(3 * g.shape[1], 7, 2).double().view(3, -1).T
+        return g @ philox.directions(k, g.shape[1], *rest).double().T
 
     a, b, g = linear(rand)
-    torch.testing.assert_close(ref.project_random(a, b, 3, *rest), onto(g))
+    torch.testing.assert_close(ref.project_random(a, b, k, *rest), onto(g))
     for shape in CONVS:
         x, y, kernel, options, grads, _ = conv(rand, shape)
-        torch.testing.assert_close(ref.project_random_conv(x, y, 3, kernel, *options.values(), *rest), onto(grads))
+        torch.testing.assert_close(ref.project_random_conv(x, y, k, kernel, *options.values(), *rest), onto(grads))
     ids, c, rows = lookup(rand, generator)
-    torch.testing.assert_close(ref.project_random_embedding(ids, c, 3, 5, *rest, 2), onto(rows))
+    torch.testing.assert_close(ref.project_random_embedding(ids, c, k, 5, *rest, 2), onto(rows))
     for empty in ((ids[:, :0], c[:, :0]), (ids[:0], c[:0]), (ids, c[..., :0])):
-        assert not ref.project_random_embedding(*empty, 3, 5, *rest).any()
+        assert not ref.project_random_embedding(*empty, k, 5, *rest).any()
 
 
 def test_gradcheck(rand, generator):

@@ -1,4 +1,4 @@
-// The inner loops of step_update and step_adamw, and their noise: one table per ISA. All arrays of the compute type A.
+// The inner loops of step_update and step_adamw: one table per ISA. All arrays of the compute type A.
 #pragma once
 
 #include <stdint.h>
@@ -25,10 +25,6 @@ template <class A> struct Step {
 struct Steps {
   Step<float> f32;
   Step<double> f64;
-  // standard normals, elements [start, start + count) of Philox stream (seed, offset); start % 4 == 0
-  void (*normal)(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset);
-  // the same elements as +1 or -1
-  void (*sign)(float* out, int64_t count, int64_t start, uint64_t seed, uint64_t offset);
 };
 
 }  // namespace ef::cpu

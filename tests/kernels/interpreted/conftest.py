@@ -3,12 +3,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from entangle_fast.kernels import combine, gram, project, tiles
+from entangle_fast.kernels import combine, gram, project, project_random, tiles
 from interpreter import mend
 
 mend()
 # the interpreter's cost is by operation, whatever its size: blocks as deep as they come
-for configs in (gram.PAIRS, gram.LOOKUP, tiles.FORM, tiles.ACCUMULATE, combine.COMBINE, project.ROWS, project.RANDOM):
+for configs in (
+    gram.PAIRS, gram.LOOKUP, tiles.FORM, tiles.ACCUMULATE, combine.COMBINE, project.ROWS, project_random.SIGNS, project_random.NORMALS,
+):  # fmt: skip
     for first, *_ in configs.values():
         first.update({name: 128 for name in ("BK", "BT", "BR") if name in first})
 

@@ -1,8 +1,9 @@
 """gram, sqnorm, project, combine."""
 
+import one_hot
 import pytest
 import torch
-from entangle_fast.kernels import combine, gram, project, sqnorm, tiles
+from entangle_fast.kernels import combine, gram, project, project_random, sqnorm, tiles
 from rule import agree, check, exact
 
 from entangle_fast import reference
@@ -125,17 +126,18 @@ def test_a_scratch_of_many_chunks(monkeypatch):
 @pytest.mark.parametrize("shape", [(5, 1, 33, 17), (7, 3, 40, 24)])
 def test_random_directions_are_those_of_the_reference(shape, kind):
     a, b = factors(*shape)
-    check(project, "project_random", a, b, 3, -5, 2**40 + 3, kind)
-    check(project, "project_random", a.bfloat16(), b.bfloat16(), 2, 7, 0, kind)
+    for k in (3, 40, 70):  # one, two and four words an element
+        check(project_random, "project_random", a, b, k, -5, 2**40 + 3, kind)
+    check(project_random, "project_random", a.bfloat16(), b.bfloat16(), 2, 7, 0, kind)
 
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
 @pytest.mark.parametrize("case", [*CONVS, *DRAWN_CONVS])
 def test_random_directions_of_convolutions(case, kind, monkeypatch):
     x, g = torch.randn(case[0]), torch.randn(case[1])
-    check(project, "project_random_conv", x, g, 3, *case[2:], -5, 2**40 + 3, kind)
+    check(project_random, "project_random_conv", x, g, 3, *case[2:], -5, 2**40 + 3, kind)
     monkeypatch.setattr(tiles, "SCRATCH_BYTES", 4 * 64)  # many chunks
-    check(project, "project_random_conv", x.bfloat16(), g.bfloat16(), 2, *case[2:], 7, 0, kind)
+    check(project_random, "project_random_conv", x.bfloat16(), g.bfloat16(), 2, *case[2:], 7, 0, kind)
 
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
@@ -143,9 +145,21 @@ def test_random_directions_of_convolutions(case, kind, monkeypatch):
 def test_random_directions_of_lookups(padding_idx, kind):
     ids = torch.randint(0, 9, (5, 19))
     for d in (13, 12, 132):
-        check(project, "project_random_embedding", ids, torch.randn(5, 19, d), 3, 9, -5, 2**40 + 3, kind, padding_idx)
-    check(project, "project_random_embedding", ids, torch.randn(5, 19, 8).bfloat16(), 2, 2**40, 7, 0, kind, padding_idx)
-    check(project, "project_random_embedding", ids[:, :0], torch.randn(5, 0, 8), 2, 9, 7, 0, kind, padding_idx)
+        check(project_random, "project_random_embedding", ids, torch.randn(5, 19, d), 3, 9, -5, 2**40 + 3, kind, padding_idx)
+    check(project_random, "project_random_embedding", ids, torch.randn(5, 19, 8).bfloat16(), 2, 2**40, 7, 0, kind, padding_idx)
+    check(project_random, "project_random_embedding", ids[:, :0], torch.randn(5, 0, 8), 2, 9, 7, 0, kind, padding_idx)
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+@pytest.mark.parametrize("k", one_hot.COUNTS)
+def test_the_numbers_are_those_of_the_reference(k, kind):
+    rest, find = (*one_hot.STREAM, kind), project_random.project_random
+    one_hot.assert_drawn(find(*one_hot.linear(3, 5), k, *rest), one_hot.directions(k, 15, kind), kind)
+    found = project_random.project_random_embedding(*one_hot.lookup(4, 3), k, 4, *rest)
+    one_hot.assert_drawn(found, one_hot.directions(k, 12, kind), kind)
+    if k in (3, 129):
+        found = project_random.project_random_conv(*one_hot.conv(2, 3, [2]), k, [2], [1], [0], [1], 1, *rest)
+        one_hot.assert_drawn(found, one_hot.directions(k, 12, kind), kind)
 
 
 def test_refusals_name_the_reason():
