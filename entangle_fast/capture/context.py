@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import CaptureError
 from .place import Place
+from .recorder import Recorder
 from .rules_norm import refuse_batch_statistics
 from .sources import tensors_in
 from .tape import Tape
@@ -63,15 +64,15 @@ def capture(
         raise CaptureError("model: its parameters are being captured already; leave that `with` before another begins")
     if batch_dim is None and is_module and _positions_first(model):
         batch_dim = 1
-    tape = Tape(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict)
-    hook = model.register_forward_pre_hook(_count_samples(tape), with_kwargs=True) if is_module else None
+    recorder = Recorder(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict)
+    hook = model.register_forward_pre_hook(_count_samples(recorder), with_kwargs=True) if is_module else None
     _CAPTURED.update(seen)
-    tape.active = True
+    recorder.active = True
     try:
-        with tape.mode:
-            yield tape
+        with recorder.mode:
+            yield Tape(recorder)
     finally:
-        tape.active = False
+        recorder.active = False
         _CAPTURED.difference_update(seen)
         if hook is not None:
             hook.remove()
@@ -87,7 +88,7 @@ def _positions_first(model: nn.Module) -> bool:
         m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention))  # fmt: skip
 
 
-def _count_samples(tape: Tape) -> Callable:
+def _count_samples(recorder: Recorder) -> Callable:
     """A forward pre-hook that notes the batch: its size, and the tensors that carry it."""
 
     def look(module, args, kwargs):
@@ -95,17 +96,17 @@ def _count_samples(tape: Tape) -> Callable:
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.training:
                 refuse_batch_statistics(None, training=True)  # before it counts this batch in its buffers
         for x in tensors_in(args, kwargs):
-            if x.dim() == 0 or x in tape.sources or tape.places.get(x) is not None:
+            if x.dim() == 0 or x in recorder.sources or recorder.places.get(x) is not None:
                 continue
-            axis = min(tape.batch_dim or 0, x.dim() - 1)
-            if tape.n is None:
-                tape.n = x.shape[axis]
-            place = tape.places.guess(x) or (Place(axis) if x.shape[axis] == tape.n else None)
-            if place is None and tape.n in x.shape[:2]:
-                place = Place(x.shape.index(tape.n))
+            axis = min(recorder.batch_dim or 0, x.dim() - 1)
+            if recorder.n is None:
+                recorder.n = x.shape[axis]
+            place = recorder.places.guess(x) or (Place(axis) if x.shape[axis] == recorder.n else None)
+            if place is None and recorder.n in x.shape[:2]:
+                place = Place(x.shape.index(recorder.n))
             if place is not None:
-                tape.places.put(x, place)
-                tape.places.called = True
+                recorder.places.put(x, place)
+                recorder.places.called = True
 
     return look
 

@@ -263,6 +263,13 @@ def _gram_of_columns(group: list[list[Tensor]]) -> Tensor:
     return out
 
 
+def listed(found: dict[int, Tensor], params: list[Tensor], m: int, single: bool) -> list:
+    """position → (m, *shape) as m lists of tensors like the parameters, zeros where none was found; single: the only list."""
+    lists = [[found[i][k].to(p.dtype).view(p.shape) if i in found else torch.zeros_like(p)
+              for i, p in enumerate(params)] for k in range(m)]  # fmt: skip
+    return lists[0] if single else lists
+
+
 def bytes_held(uses: list[Use]) -> int:
     """Memory of the factors, counting each storage once."""
     seen = {}

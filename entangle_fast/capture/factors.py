@@ -169,7 +169,7 @@ class EmbeddingFactor:
     def row_tile(self, lo: int, hi: int) -> Tensor:
         inside = (self.ids >= lo) & (self.ids < hi) & (self.ids != self._padding())
         ids = torch.where(inside, self.ids - lo, 0)
-        return per_sample.embedding(ids, self.b * inside.unsqueeze(-1), hi - lo)
+        return per_sample.embedding(ids, self.b.masked_fill(~inside.unsqueeze(-1), 0), hi - lo)
 
 
 @dataclass

@@ -77,7 +77,7 @@ def test_layers_that_share_an_input_share_what_is_made_again():
     with ef.capture(w, batch_size=N) as tape:
         losses, _ = run(w, F.gelu, torch.randn(N, 3, D, dtype=torch.float64))
         tape.backward(losses)
-    second, third = ([f.a for s, f in tape._uses if list(w)[s.params[0]] == name][0] for name in ("second", "third"))
+    second, third = ([f.a for s, f in tape._recorder.uses if list(w)[s.params[0]] == name][0] for name in ("second", "third"))
     assert second.data_ptr() == third.data_ptr()
 
 
