@@ -286,6 +286,7 @@ _KINDS: dict[str, Callable] = {
     "int": _kind((numbers.Integral, Tensor), "a whole number"),
     "tuple[float, float]": _several(_number, "two numbers", 2),
     "str": _kind(str, "a string"),
+    "Callable": lambda name, x: "" if callable(x) else f"{name}: got {_got(x)}; needs a function",
     "nn.Module": _kind(nn.Module, "a torch.nn.Module"),
     "None": lambda name, x: "" if x is None else f"{name}: got {_got(x)}; needs None",
 }

@@ -40,7 +40,11 @@ class Projected(torch.optim.Optimizer):
     def __init__(self, params: Iterable, defaults: dict, ridge: float):
         _number("ridge", ridge)
         self.ridge = ridge
+        self.facts: dict[str, Tensor] = {}
         super().__init__(_given(params), defaults)
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"ridge": self.ridge, "facts": self.facts}
 
     @abstractmethod
     def _fresh(self, params: list[Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -81,16 +85,20 @@ class Projected(torch.optim.Optimizer):
             if value := group.pop(name, None):
                 raise ValueError(f"{name}: got {value!r} for a group; {type(self).__name__} has no such option of groups: leave it out")
 
-    def _parts(
-        self, grads: Tensors | None, directions: Sequence[Tensors], closure: Callable | None
-    ) -> tuple[list[Part], list[Tensor], list[list[Tensor]]]:
-        """Each group's share, gradients and directions of what is stepped: everything, or what has a .grad."""
+    @staticmethod
+    def _closed(grads: Tensors | Callable | None, closure: Callable | None) -> tuple[Tensors | None, Callable | None, object]:
+        """The gradients, the closure and what it returned. A function in the first place is the closure, as in torch."""
         if callable(grads):
-            raise TypeError("grads: got a function; needs tensors like params, or None: give a closure by its name, closure=...")
-        if closure is not None:
-            checks.require(grads is None, "closure: got grads too; needs one of the two")
-            with torch.enable_grad():
-                closure()
+            checks.require(closure is None, "closure: got two functions; needs one")
+            grads, closure = None, grads
+        if closure is None:
+            return grads, None, None
+        checks.require(grads is None, "closure: got grads too; needs one of the two")
+        with torch.enable_grad():
+            return None, closure, closure()
+
+    def _parts(self, grads: Tensors | None, directions: Sequence[Tensors]) -> tuple[list[Part], list[Tensor], list[list[Tensor]]]:
+        """Each group's share, gradients and directions of what is stepped: everything, or what has a .grad."""
         params, parts, at = self.params, [], 0
         directions = [list(d) for d in directions]
         for j, d in enumerate(directions):

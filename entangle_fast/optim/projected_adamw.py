@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class ProjectedAdamW(Projected):
         noise: standard deviation added to every parameter in each step; of group i from Philox stream (seed + i·2³², count of
             steps + j·2³²), j being where the first parameter with this count stands in its group.
 
+    A gradient or a direction that is not finite makes the whole step NaN, all parameters and moments with it, from which no later step
+    recovers: nothing is left out or skipped in silence, and the host does not wait to look. Look at the gradients before.
+
     Counts of steps, one for the parameters of a group that have always been stepped together, stand on the device: a captured
     CUDA graph counts on when it is replayed, in the bias corrections and in the noise.
 
@@ -54,7 +58,7 @@ class ProjectedAdamW(Projected):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "noise": noise}, ridge)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"ridge": self.ridge, "seed": self.seed}
+        return super().__getstate__() | {"seed": self.seed}
 
     def _fresh(self, params):
         count = torch.zeros((), dtype=torch.int64, device=params[0].device) if params else None
@@ -80,18 +84,21 @@ class ProjectedAdamW(Projected):
     @checks.kinds
     @torch.no_grad()
     def step(
-        self, grads: Tensors | None = None, directions: Sequence[Tensors] = (), coef: Tensor | None = None,
+        self, grads: Tensors | Callable | None = None, directions: Sequence[Tensors] = (), coef: Tensor | None = None,
         closure: Callable | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor] | Any:  # fmt: skip
         """One step with gradient ``grads`` less its part in span(``directions``), over all parameters at once.
 
         grads: tensors like params; None: what stands in .grad, parameters without one being left alone.  directions: k lists of
         tensors like params.  coef: (k,) of P_V g where the caller has solved for it.
-        closure: called first, with gradients enabled: computes the loss and its .grad, as torch's (and Lightning's) closures do.
-        Returns, with directions and no coef given, 0-d tensors: cosine of the first two (k ≥ 2), and removed, the share
-        of ‖g‖ that the projection took away.
+        closure: called first, with gradients enabled: computes the loss and its .grad, as torch's (and Lightning's) closures do;
+        a function in the place of grads is taken for it.
+        Returns the facts of the step, or with a closure what that returned; ``facts`` has those of the last step in both cases:
+        with directions and no coef given 0-d tensors, cosine of the first two (k ≥ 2), and removed, the share of ‖g‖ that the
+        projection took away.
         """
-        parts, grads, directions = self._parts(grads, directions, closure)
+        grads, closure, loss = self._closed(grads, closure)
+        parts, grads, directions = self._parts(grads, directions)
         found = {}
         if coef is None and directions:
             gram, coef = ops.step_project(directions, None, grads, ridge=self.ridge)
@@ -109,7 +116,8 @@ class ProjectedAdamW(Projected):
                     seed=self.seed + (i << 32), offset=first << 32, counter=count,
                 )  # fmt: skip
                 held.copy_(count)  # in place, for a replayed graph, and only once the step was taken
-        return found
+        self.facts = found
+        return found if closure is None else loss
 
     # ---- counts: one tensor for the parameters of a group that were stepped together ----
 
@@ -137,6 +145,9 @@ class ProjectedAdamW(Projected):
 
     def _matched(self, state_dict):
         options, states = super()._matched(state_dict)
+        if not all({"noise", "amsgrad"} & group.keys() for group in state_dict["param_groups"]):  # ours; AdamW's and Adam's
+            raise ValueError("state_dict: a group without amsgrad, such as RAdam's, whose moments look alike and step otherwise; needs "
+                             "that of ProjectedAdamW, AdamW or Adam")  # fmt: skip
         saved: dict[int, dict[int, list[Tensor]]] = {}
         for p, state in zip(self.params, states):
             saved.setdefault(id(self.state[p]["step"]), {}).setdefault(int(state.get("step", 0)), []).append(p)

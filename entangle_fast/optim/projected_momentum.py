@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ class ProjectedMomentum(Projected):
         lr, momentum, weight_decay: as in torch.optim.SGD, the decay decoupled.
         ridge: added to the k×k Gram, in its own units; the authors add 1e-8 once per parameter tensor.
         project: "momentum" (above, the authors'), all groups having one momentum then; or "gradient": v ← m v + (g − P_V g).
+
+    A gradient, a direction or a momentum that is not finite makes the whole step NaN, all parameters and v with it: nothing is left
+    out or skipped in silence, and the host does not wait to look. ``check=`` of a step sees the Gram before anything is changed.
 
     An Adam-type preconditioner after the projection turns the update partly back into the span: see ProjectedAdamW.
 
@@ -48,7 +52,7 @@ class ProjectedMomentum(Projected):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, ridge)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"ridge": self.ridge, "project": self.project, "_weights": self._weights}
+        return super().__getstate__() | {"project": self.project, "_weights": self._weights}
 
     def _fresh(self, params):
         for p in params:
@@ -72,20 +76,23 @@ class ProjectedMomentum(Projected):
     @checks.kinds
     @torch.no_grad()
     def step(
-        self, grads: Tensors | None = None, directions: Sequence[Tensors] = (), coef: Tensor | None = None,
+        self, grads: Tensors | Callable | None = None, directions: Sequence[Tensors] = (), coef: Tensor | None = None,
         check: Callable[[Tensor], None] | None = None, closure: Callable | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor] | Any:  # fmt: skip
         """One step with gradient ``grads``, away from span(``directions``), over all parameters at once.
 
         grads: tensors like params; None: what stands in .grad, parameters without one being left alone.  directions: k lists of
         tensors like params.  coef: (k,) of P_V where the caller has solved for it.
-        closure: called first, with gradients enabled: computes the loss and its .grad, as torch's (and Lightning's) closures do.
+        closure: called first, with gradients enabled: computes the loss and its .grad, as torch's (and Lightning's) closures do;
+        a function in the place of grads is taken for it.
         check: called with the Gram of (directions, v where it is projected again, grads) before anything is changed: where
         it raises, nothing was.
-        Returns 0-d tensors: cosine of the first two directions (k ≥ 2), removed, the share of ‖w‖ that the projection took
-        away (w = m v + g, or g), and, where all groups have one lr, step_norm, lr·‖w − P_V w‖.
+        Returns the facts of the step, or with a closure what that returned; ``facts`` has those of the last step in both cases:
+        0-d tensors, cosine of the first two directions (k ≥ 2), removed, the share of ‖w‖ that the projection took away
+        (w = m v + g, or g), and, where all groups have one lr, step_norm, lr·‖w − P_V w‖.
         """
-        parts, grads, directions = self._parts(grads, directions, closure)
+        grads, closure, loss = self._closed(grads, closure)
+        parts, grads, directions = self._parts(grads, directions)
         k, carried = len(directions), self.carried
         buffers = self._states("momentum_buffer", [p for part in parts for p in part.params])
         held = buffers if carried else None
@@ -103,7 +110,8 @@ class ProjectedMomentum(Projected):
             )  # fmt: skip
         found, kept = facts(gram, coef, self._on_rows(gram, k, carried))
         rates = {group["lr"] for _, group, _, _ in parts}
-        return {"step_norm": rates.pop() * kept, **found} if len(rates) == 1 else found
+        self.facts = {"step_norm": rates.pop() * kept, **found} if len(rates) == 1 else found
+        return self.facts if closure is None else loss
 
     def _on_rows(self, gram: Tensor, k: int, carried: float) -> Tensor:
         """What is projected, m v + g, as coefficients on the Gram's rows."""
@@ -113,3 +121,10 @@ class ProjectedMomentum(Projected):
             w[k:-1] = carried
             self._weights = (k, carried, w)
         return self._weights[2]
+
+    def _matched(self, state_dict):
+        options, states = super()._matched(state_dict)
+        if any("ns_steps" in group for group in state_dict["param_groups"]):
+            raise ValueError("state_dict: a group with ns_steps, Muon's, whose momentum looks alike and steps otherwise; needs that of "
+                             "ProjectedMomentum or SGD")  # fmt: skip
+        return options, states

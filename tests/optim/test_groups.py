@@ -129,7 +129,6 @@ def test_gradients_of_every_kind(make):
             (g[:2], ValueError, "grads: 2 tensors for 3 parameters"), ([], ValueError, "grads: 0 tensors for 3"),
             ([x.numpy() for x in g], TypeError, r"grads\[0\]: got numpy.ndarray; needs a torch.Tensor: torch.from_numpy"),
             ([*g[:2], g[2].to_sparse()], ValueError, r"grads\[2\]: torch.sparse_coo; needs a dense one"),
-            (lambda: 0, TypeError, "grads: got a function; .*closure=..."),
         ):  # fmt: skip
             with pytest.raises(error, match=message):
                 mine.step(wrong)
@@ -139,21 +138,3 @@ def test_gradients_of_every_kind(make):
     for coef in (torch.ones(1, dtype=torch.complex64), torch.ones(1, dtype=torch.int64)):
         with pytest.raises(ValueError, match="coef: dtype"):
             mine.step(g, [tensors(2)], coef)
-
-
-@BOTH
-def test_a_closure_is_called_first(make):
-    p, q = torch.nn.Parameter(torch.ones(3)), torch.ones(3)
-    mine = make([p])
-
-    def closure():
-        mine.zero_grad()
-        loss = (p * torch.arange(3.0)).sum()
-        loss.backward()
-        return loss
-
-    mine.step(closure=closure, directions=[[torch.ones(3)]])
-    make([q]).step([torch.arange(3.0)], [[torch.ones(3)]])
-    torch.testing.assert_close(p.detach(), q)
-    with pytest.raises(ValueError, match="closure: got grads too"):
-        mine.step([torch.ones(3)], closure=closure)

@@ -145,6 +145,8 @@ def test_a_state_with_different_counts_is_taken_over(waits):
     (MAKES[0], lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), foreach=False), "lr: got Tensor; needs a number: give .item()"),
     (MAKES[0], lambda p: torch.optim.Adam(p, weight_decay=0.1), "weight_decay: got 0.1 that is added"),
     (MAKES[0], lambda p: torch.optim.SGD(p, lr=0.1), "a group without betas and eps"),
+    (MAKES[0], lambda p: torch.optim.RAdam(p), "state_dict: a group without amsgrad, such as RAdam's"),
+    (MAKES[0], lambda p: torch.optim.NAdam(p), "mu_product|a group without amsgrad"),
 ])  # fmt: skip
 def test_a_state_that_would_step_otherwise_is_refused(make, plain, message, steps):
     params = tensors(0)
@@ -204,3 +206,10 @@ def test_hooks_see_and_change_what_is_loaded(make):
     mine.load_state_dict(saved.state_dict())
     assert set(seen) == {3.0} and all((x == 3).all() for s in mine.state.values() for x in s.values()) and mine.param_groups[0]["lr"] == 0.5
     assert len(saved.state_dict()["param_groups"][0]["params"]) == 3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_a_state_of_muons_is_refused():
+    theirs = torch.optim.Muon([torch.nn.Parameter(torch.zeros(2, 2))], nesterov=False, momentum=0.9)
+    with pytest.raises(ValueError, match="state_dict: a group with ns_steps, Muon's"):
+        ProjectedMomentum([torch.zeros(2, 2)], lr=0.1).load_state_dict(theirs.state_dict())
