@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .per_sample import accumulate_dtype, with_positions
+from .per_sample import accumulate_dtype, with_positions, without_padding
 
 
 def _support(v: Tensor) -> slice:
@@ -59,11 +59,11 @@ def combine_conv(x: Tensor, g: Tensor, w: Tensor, kernel_size, stride, padding, 
 def combine_embedding(ids: Tensor, b: Tensor, w: Tensor, num_embeddings: int, padding_idx: int = -1) -> Tensor:
     """ids (n,t), b (n,t,d), w (m, n) → (m, num_embeddings, d)."""
     ids, dtype = ids.long(), accumulate_dtype(b, w)
-    b, w = (b if padding_idx < 0 else b * (ids != padding_idx).unsqueeze(-1)).to(dtype), w.to(dtype)
+    b, w = b.to(dtype), w.to(dtype)
     out = b.new_zeros(len(w), num_embeddings, b.shape[-1])
     # rows of their own where autograd looks: it refuses views that were written to
     tables = [torch.zeros_like(row) for row in out] if torch.is_grad_enabled() and (b.requires_grad or w.requires_grad) else out
     for table, v in zip(tables, w):
         s = _support(v)
-        table.index_add_(0, ids[s].flatten(), (b[s] * v[s, None, None]).flatten(0, 1))
+        table.index_add_(0, ids[s].flatten(), without_padding(ids[s], b[s] * v[s, None, None], padding_idx).flatten(0, 1))
     return torch.stack(tables) if tables is not out and len(w) else out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import per_sample
-from .per_sample import accumulate_dtype, chunks, with_positions
+from .per_sample import accumulate_dtype, chunks, with_positions, without_padding
 
 
 def gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None, route: str = "tiles") -> Tensor:
@@ -123,8 +123,7 @@ def gram_embedding(
     out = torch.zeros(n, m, dtype=dtype, device=b.device)
     if 0 in (n, m, t, s):
         return out
-    left = (b * (ids != padding_idx).unsqueeze(-1)).to(dtype)
-    right = b2.to(dtype).flatten(0, 1)
+    left, right = without_padding(ids, b, padding_idx).to(dtype), without_padding(ids2, b2, padding_idx).to(dtype).flatten(0, 1)
     for lo, hi in chunks(n, 2 * t * m * s * out.element_size()):
         same = ids[lo:hi].reshape(-1, 1) == ids2.reshape(1, -1)
         pair = (left[lo:hi].flatten(0, 1) @ right.T) * same

@@ -67,11 +67,16 @@ def conv(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation, groups: i
     return out.reshape(n, c_out, c_in // groups, *kernel_size)
 
 
+def without_padding(ids: Tensor, b: Tensor, padding_idx: int) -> Tensor:
+    """b (n,t,d), or what is made of it, with zeros where ids (n,t) are padding_idx (< 0: nowhere), NaN or infinite as it may be there."""
+    return b if padding_idx < 0 else b.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+
+
 def embedding(ids: Tensor, b: Tensor, num_embeddings: int, padding_idx: int = -1) -> Tensor:
     """Per-sample gradient of a lookup table.  ids (n, t), b (n, t, d) → (n, num_embeddings, d)."""
     n, d = ids.shape[0], b.shape[-1]
     t = ids.shape[1:].numel()
     ids, b = ids.reshape(n, t).long(), b.reshape(n, t, d)
-    b = (b * (ids != padding_idx).unsqueeze(-1)).to(accumulate_dtype(b))
+    b = without_padding(ids, b, padding_idx).to(accumulate_dtype(b))
     out = b.new_zeros(n, num_embeddings, d)
     return out.scatter_add_(1, ids.unsqueeze(-1).expand_as(b), b)

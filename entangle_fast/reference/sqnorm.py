@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import per_sample
-from .per_sample import accumulate_dtype, chunks, with_positions
+from .per_sample import accumulate_dtype, chunks, with_positions, without_padding
 
 
 def sqnorm(a: Tensor, b: Tensor) -> Tensor:
@@ -42,6 +42,6 @@ def sqnorm_conv(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation, gr
 def sqnorm_embedding(ids: Tensor, b: Tensor, padding_idx: int = -1) -> Tensor:
     """Squared norms of a lookup table's per-sample gradients.  ids (n,t), b (n,t,d) → (n,)."""
     ids = ids.long()
-    b = (b * (ids != padding_idx).unsqueeze(-1)).to(accumulate_dtype(b))
+    b = without_padding(ids, b, padding_idx).to(accumulate_dtype(b))
     same = ids.unsqueeze(2) == ids.unsqueeze(1)
     return ((b @ b.mT) * same).sum((1, 2))
