@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import per_sample, philox
-from .per_sample import accumulate_dtype, chunks, with_positions
+from .per_sample import accumulate_dtype, chunks, with_positions, without_padding
 
 
 def project(a: Tensor, b: Tensor, basis: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ def project_conv(x: Tensor, g: Tensor, basis: Tensor, stride, padding, dilation,
 def project_embedding(ids: Tensor, b: Tensor, basis: Tensor, padding_idx: int = -1) -> Tensor:
     """ids (n,t), b (n,t,d), basis (k, num_embeddings, d) → (n, k)."""
     ids, dtype = ids.long(), accumulate_dtype(b)  # uint8 takes -1 for 255
-    b = (b * (ids != padding_idx).unsqueeze(-1)).to(dtype)
-    columns = [(b * F.embedding(ids, d.to(dtype))).sum((1, 2)) for d in basis]
+    b = b.to(dtype)
+    columns = [without_padding(ids, b * F.embedding(ids, d.to(dtype)), padding_idx).sum((1, 2)) for d in basis]
     return torch.stack(columns, 1) if columns else b.new_zeros(len(b), 0)
 
 
@@ -88,7 +88,7 @@ def project_random_embedding(
 ) -> Tensor:
     """ids (n,t), b (n,t,d) → (n, k): the directions of project_random over a (num_embeddings, d) table, in the rows that occur."""
     (n, t, d), ids = b.shape, ids.long()
-    b = (b * (ids != padding_idx).unsqueeze(-1)).to(accumulate_dtype(b))
+    b = without_padding(ids, b, padding_idx).to(accumulate_dtype(b))
     out = b.new_zeros(n, k)
     for lo, hi in chunks(n, t * d * _DRAWN_BYTES):
         rows, at = ids[lo:hi].unique(return_inverse=True)
