@@ -92,7 +92,7 @@ def measure(op: str, size: int, dtype: torch.dtype, timer: Timer) -> dict:
 
     def counting(name, args):  # the size that dispatch.py itself will look up
         if name == op:
-            elements.append(sum(x.numel() for x in dispatch._tensors(args)))
+            elements.append(sum(x.numel() for x in dispatch.tensors_of(args)))
         return choose(name, args)
 
     found, ms = {}, {}

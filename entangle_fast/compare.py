@@ -12,24 +12,18 @@ settings are refused.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import demo, job_config, storage
+from .compare_schedule import CELLS, ORIGINAL, RETRAIN, TRAIN, Task, drive
 from .config import TaskConfig
 from .config_reading import ConfigError, from_dict, from_toml, to_dict
 from .methods import METHODS
-from .progress import say, shown
+from .progress import say
 
-CONFIG, CELLS, MODELS = "config.toml", "cells", "models"
-ORIGINAL, RETRAIN, TRAIN = "original", "retrain", "train"  # TRAIN makes the original model; ORIGINAL measures it
+CONFIG = "config.toml"
 SAME = ("quick", "attack_seeds", "attack_steps")  # what cells of one folder share, beside the task and their method's options
 
 
@@ -128,24 +122,6 @@ def load_task(config: TaskConfig):
     return job_config.load_task(config)
 
 
-class Task(NamedTuple):
-    """One piece of work: TRAIN, or the name of a method (or ORIGINAL) to measure, for one seed."""
-
-    what: str
-    seed: int
-
-    def made(self, folder: Path) -> Path:
-        if self.what == TRAIN:
-            return folder / MODELS / f"{ORIGINAL}-{self.seed}.safetensors"
-        return folder / CELLS / f"{self.what}-{self.seed}.json"
-
-    def done(self, folder: Path) -> bool:
-        path = self.made(folder)
-        if not path.is_file():
-            return False
-        return self.what == TRAIN or storage.load_json(path).get("state") == "done"
-
-
 def run(config: CompareConfig) -> dict:
     """Run what is missing in config.compare.out and write its report; the report.
 
@@ -172,7 +148,7 @@ def run(config: CompareConfig) -> dict:
         say(options.progress, f"compare: {len(todo)} cells to run{finished} (methods: {len(methods)}, seeds: {options.seeds}), "
             f"{options.jobs} at a time; how long they take is told after the first that is measured")  # fmt: skip
     try:
-        _drive(folder, todo, options)
+        drive(folder, todo, options)
     except KeyboardInterrupt:
         if any((folder / CELLS).glob("*.json")):
             compare_report.write(folder)
@@ -212,95 +188,3 @@ def _settle(folder: Path, config: CompareConfig, methods: dict[str, Any]) -> dic
     new["method"] = {n: to_dict(m) for n, m in before.items() if n in kept and n not in methods} | new["method"]
     new["compare"]["methods"] = list(new["method"])
     return new
-
-
-# ---- scheduling ----
-
-
-class _Crew:
-    """Child processes: each one piece of work, out of the reach of the terminal's ctrl-C, ended by `stop`."""
-
-    def __init__(self, folder: Path, threads: int, jobs: int):
-        self.folder, self.threads, self.jobs = folder, threads, jobs
-        self.live: set[subprocess.Popen] = set()
-        self.lock, self.stopping = threading.Lock(), False
-
-    def work(self, task: Task) -> str | None:
-        """Do `task` in a process of its own and wait for it; what went wrong, where the process could not say it itself."""
-        command = [sys.executable, "-m", "entangle_fast.compare_cell", str(self.folder), task.what, str(task.seed)]
-        with self.lock:
-            if self.stopping:
-                return None
-            child = subprocess.Popen(
-                [*command, str(self.threads), str(self.jobs)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
-            )  # fmt: skip
-            self.live.add(child)
-        with child:  # its stdin stays open as long as this process lives
-            said = child.stderr.read().strip().splitlines()
-        with self.lock:
-            self.live.discard(child)
-            if self.stopping or not child.returncode:
-                return None
-        if child.returncode < 0:
-            name = signal.Signals(-child.returncode).name
-            return f"killed by {name}" + ("; maybe memory ran out: try fewer jobs" if name == "SIGKILL" else "")
-        return said[-1] if said else f"the process ended with {child.returncode}"
-
-    def stop(self) -> None:
-        with self.lock:
-            self.stopping = True
-            for child in self.live:
-                child.terminate()
-
-
-def _drive(folder: Path, todo: list[Task], options: CompareOptions) -> None:
-    """Do all of `todo`, options.jobs at a time: a seed's original first, then its retrained model, then the others."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    crew = _Crew(folder, max(1, cores // options.jobs), options.jobs)
-    pending, running, failed = list(todo), {}, set()
-    began, took = {}, []  # when a cell began; seconds of those that were measured
-
-    def blocked(task: Task) -> bool:
-        before = {TRAIN: (), RETRAIN: (TRAIN,)}.get(task.what, (TRAIN, RETRAIN))
-        return any(Task(what, task.seed) in (*pending, *running.values()) for what in before)
-
-    with ThreadPoolExecutor(options.jobs) as pool, shown(options.progress, "compare", len(todo), unit="cells") as advance:
-        try:
-            while pending or running:
-                for task in [t for t in pending if Task(TRAIN, t.seed) in failed]:
-                    pending.remove(task)
-                    if task.what != ORIGINAL:  # whose cell says why
-                        _note_failure(folder, task, "the original model could not be trained")
-                while len(running) < options.jobs and (ready := [t for t in pending if not blocked(t)]):
-                    pending.remove(ready[0])
-                    running[pool.submit(crew.work, ready[0])] = ready[0]
-                    began[ready[0]] = time.monotonic()
-                left = len(pending) + len(running)
-                text = ", ".join(f"{t.what.replace('_', ' ')} {t.seed}" for t in running.values())
-                advance(len(todo) - left, f"{text}; {_rest(took, left, options.jobs)}" if took else text)
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    task: Task = running.pop(future)
-                    error = future.result()
-                    if task.what != TRAIN and task.done(folder):
-                        took.append(time.monotonic() - began[task])
-                    if not task.made(folder).is_file():
-                        failed.add(task)
-                        _note_failure(folder, task, error or "nothing was written")
-            advance(len(todo), "")
-        except BaseException:
-            crew.stop()
-            raise
-
-
-def _rest(took: list[float], left: int, jobs: int) -> str:
-    """How long ``left`` cells take if they take as long as those before them."""
-    minutes = sum(took) / len(took) * left / min(jobs, left) / 60
-    if minutes < 1:
-        return "less than a minute left"
-    return f"about {minutes:.0f} min left" if minutes < 90 else f"about {minutes / 60:.1f} h left"
-
-
-def _note_failure(folder: Path, task: Task, error: str) -> None:
-    task = Task(ORIGINAL, task.seed) if task.what == TRAIN else task
-    storage.save_json(task.made(folder), {"method": task.what, "seed": task.seed, "state": "failed", "error": error})

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from . import compare, demo, storage
+from .compare_schedule import ORIGINAL, RETRAIN, TRAIN, Task
 from .config_reading import from_toml
 from .job import unlearn
 from .job_run import task_facts
@@ -29,12 +30,12 @@ from .metrics.utility import utility
 ATTACKERS = ("sgd", "adam")
 
 
-def work(folder: Path, task: compare.Task, jobs: int = 1) -> None:
+def work(folder: Path, task: Task, jobs: int = 1) -> None:
     """Train or measure what `task` says and write its file; a cell's failure is written into the cell, not raised."""
     config = from_toml(folder / compare.CONFIG, compare.CompareConfig)
     data = compare.load_task(config.task)
     sets = data.split()
-    if task.what == compare.TRAIN:
+    if task.what == TRAIN:
         model, row = demo.train_original(data, sets, task.seed, config.compare.quick)
         storage.save_tensors(task.made(folder), model.state_dict(), {"row": json.dumps(storage.plain(row))})
         return
@@ -47,12 +48,12 @@ def work(folder: Path, task: compare.Task, jobs: int = 1) -> None:
     storage.save_json(task.made(folder), cell | {"wall_seconds": time.perf_counter() - start})
 
 
-def _cell(folder, config, data, sets, task: compare.Task) -> dict:
-    path = compare.Task(compare.TRAIN, task.seed).made(folder)
+def _cell(folder, config, data, sets, task: Task) -> dict:
+    path = Task(TRAIN, task.seed).made(folder)
     original = _load(data, path)
-    retrained_path = path.with_name(f"{compare.RETRAIN}-{task.seed}.safetensors")
+    retrained_path = path.with_name(f"{RETRAIN}-{task.seed}.safetensors")
     facts: dict = {}
-    if task.what == compare.ORIGINAL:
+    if task.what == ORIGINAL:
         model = original
         row = json.loads(storage.load_metadata(path)["row"])
     else:
@@ -61,7 +62,7 @@ def _cell(folder, config, data, sets, task: compare.Task) -> dict:
         result = unlearn(model, **sets.train._asdict(), test=sets, method=method, seed=task.seed, augment=demo.AUGMENT,
                          progress=False)  # fmt: skip
         row, facts = result.row(), result.facts
-    if task.what == compare.RETRAIN:
+    if task.what == RETRAIN:
         storage.save_tensors(retrained_path, model.state_dict())
     retrained = _load(data, retrained_path) if retrained_path.is_file() else None
     more, details = measure_cell(model, original=original, retrained=retrained, sets=sets, seed=task.seed,
@@ -111,7 +112,7 @@ def main(arguments: list[str]) -> None:
     folder, what, seed, threads, jobs = arguments
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(threads))
-    work(Path(folder), compare.Task(what, int(seed)), int(jobs))
+    work(Path(folder), Task(what, int(seed)), int(jobs))
 
 
 def _end_with_parent() -> None:

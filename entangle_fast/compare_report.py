@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from . import demo, storage
-from .compare import CELLS, CONFIG, ORIGINAL, RETRAIN, SAME, CompareConfig
+from .compare import CONFIG, SAME, CompareConfig
+from .compare_schedule import CELLS, ORIGINAL, RETRAIN
 from .config_reading import from_toml
 from .machine import machine_info
 from .report import REFERENCES, REPORT, SETS, aggregate, mean_of, numbers, std_of

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from entangle_fast import compare, compare_cell, compare_report, demo, methods, page, storage
+from entangle_fast.compare_schedule import Crew, Task, _rest
 from entangle_fast.config_reading import ConfigError
 from entangle_fast.figures import compare as figures_compare
 
-Task = compare.Task
 NO_ORIGINAL = "the original model could not be trained"
 
 
@@ -58,7 +58,7 @@ def inline(monkeypatch):
         done.append(task)
         compare_cell.work(crew.folder, task, crew.jobs)
 
-    monkeypatch.setattr(compare._Crew, "work", work)
+    monkeypatch.setattr(Crew, "work", work)
     return done
 
 
@@ -104,20 +104,20 @@ def test_a_comparison(tmp_path, inline):
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path, inline, monkeypatch, capsys):
-    whole, work = compare.run(settings(tmp_path / "whole")), compare._Crew.work
+    whole, work = compare.run(settings(tmp_path / "whole")), Crew.work
 
     def stopped(crew, task):
         if task.what == "gradient_ascent":
             raise KeyboardInterrupt
         return work(crew, task)
 
-    monkeypatch.setattr(compare._Crew, "work", stopped)
+    monkeypatch.setattr(Crew, "work", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare.run(settings(tmp_path / "cut"))
     kept = compare_report.collect(tmp_path / "cut")
     assert kept["missing"] == ["gradient_ascent-0"] and (tmp_path / "cut" / "index.html").exists()
     assert "not run yet: gradient_ascent-0" in printed(kept)
-    monkeypatch.setattr(compare._Crew, "work", work)
+    monkeypatch.setattr(Crew, "work", work)
     inline.clear()
     found = compare.run(settings(tmp_path / "cut", progress=True))
     assert inline == [Task("gradient_ascent", 0)]
@@ -137,8 +137,8 @@ def test_how_long_it_takes_is_told(tmp_path, inline, capsys):
     measured = next(i for i, line in enumerate(running) if "left" in line)
     assert "train" in running[1] and measured == 3, lines  # after the original is trained and the first cell is measured
     assert all(line.endswith("; less than a minute left") for line in running[measured:])
-    assert compare._rest([60.0, 120.0], 40, 2) == "about 30 min left" and compare._rest([600.0], 24, 1) == "about 4.0 h left"
-    assert compare._rest([120.0], 1, 4) == "about 2 min left"
+    assert _rest([60.0, 120.0], 40, 2) == "about 30 min left" and _rest([600.0], 24, 1) == "about 4.0 h left"
+    assert _rest([120.0], 1, 4) == "about 2 min left"
 
 
 def test_a_cell_that_fails(tmp_path, inline, monkeypatch):
@@ -162,7 +162,7 @@ def test_a_cell_that_fails(tmp_path, inline, monkeypatch):
 
 
 def test_an_original_that_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare._Crew, "work", lambda crew, task: "killed by SIGKILL")
+    monkeypatch.setattr(Crew, "work", lambda crew, task: "killed by SIGKILL")
     found = compare.run(settings(tmp_path, progress=True))
     lines = [re.sub(r"\d+ s\b", "0 s", line) for line in capsys.readouterr().err.splitlines()[1:]]
     assert lines == ["compare: 0 of 4 cells, 0 s", "compare: 0 of 4 cells, 0 s, train 0", "compare: 4 of 4 cells, 0 s, done"]
@@ -189,7 +189,7 @@ def test_processes(tmp_path, monkeypatch):
     config = settings(tmp_path / "run")
     config.task.path = str(data)
     storage.save_toml(tmp_path / "run" / compare.CONFIG, compare._settle(tmp_path / "run", config, compare.chosen(config)))
-    crew = compare._Crew(tmp_path / "run", 1, 1)
+    crew = Crew(tmp_path / "run", 1, 1)
     assert crew.work(Task("train", 0)) is None and Task("train", 0).done(tmp_path / "run")
     assert not crew.live
     script = tmp_path / "python"

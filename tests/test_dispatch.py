@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import entangle_fast as ef
-from entangle_fast import dispatch
+from entangle_fast import backends, dispatch
 
 A, B = torch.ones(3, 4), torch.ones(3, 2)
 needs_cpp = pytest.mark.skipif(dispatch.EXTENSION is not None, reason="the compiled library is not built")
@@ -40,9 +40,9 @@ def test_the_compiled_library_comes_first_on_the_cpu(monkeypatch):
 
 @needs_cpp
 def test_a_kernel_that_is_newer_than_the_compiled_library(monkeypatch):
-    assert dispatch.UNBUILT == set(dispatch.ops()) - set(dispatch.CPP)
+    assert dispatch.UNBUILT == set(dispatch.ops()) - set(backends.CPP)
     monkeypatch.delenv(dispatch.ENV, raising=False)
-    monkeypatch.setattr(dispatch, "UNBUILT", {"gram"})
+    monkeypatch.setattr(backends, "UNBUILT", {"gram"})
     found = ef.explain(ef.ops.gram, A, B)
     assert found.backend == "reference" and "build it again" in found.reasons["cpp"]
 
@@ -145,4 +145,4 @@ def test_the_triton_file_of_an_operation_holds_it(op):
     import entangle_fast
 
     kernels = Path(entangle_fast.__file__).parent.parent / "kernels"
-    assert f"def {op}(" in (kernels / f"{dispatch._kernel_module(op)}.py").read_text()
+    assert f"def {op}(" in (kernels / f"{backends.kernel_module(op)}.py").read_text()

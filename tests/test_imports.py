@@ -14,7 +14,8 @@ PACKAGE = ROOT / "entangle_fast"
 BELOW = {
     "kernels": set(),
     "reference": set(),
-    "dispatch": {"reference", "kernels", "_C"},
+    "backends": {"kernels", "_C"},
+    "dispatch": {"backends", "reference", "kernels"},
     "ops": {"dispatch", "reference"},
     "capture": {"ops", "reference"},
     "weights": {"ops", "reference"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import entangle_fast as ef
-from entangle_fast import dispatch
+from entangle_fast import backends, dispatch
 
 ROOT = Path(__file__).parents[2]
 BUILT = torch._C._dispatch_has_kernel("entangle_fast_cuda::step_gram")
@@ -22,7 +22,7 @@ needs_cuda_build = pytest.mark.skipif(not BUILT, reason="built without CUDA: no 
 
 @needs_cuda_build
 def test_every_named_operation_is_in_the_library():
-    for op in dispatch.CUDA:
+    for op in backends.CUDA:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"entangle_fast_cuda::{op}", "CUDA"), op
         assert op in dispatch.ops()
     assert str(torch.ops.entangle_fast_cuda.step_gram.default._schema).partition("::")[2] == str(
@@ -39,7 +39,7 @@ def test_the_library_serves_the_cpu_beside_the_kernels():
 @needs_cuda_build
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launch_without_a_gpu_is_an_error_in_words():
-    library = ctypes.CDLL(dispatch._C.__file__)
+    library = ctypes.CDLL(backends._C.__file__)
     library.ef_cuda_error.restype = ctypes.c_char_p
     code = library.ef_cuda_processors(ctypes.byref(ctypes.c_int()))
     assert code in (35, 100)  # the driver is missing or too old; no device
@@ -56,7 +56,7 @@ def test_the_stream_is_asked_of_the_library_that_torch_has_loaded():
     """A weak symbol of libtorch_cuda would stay null on every torch: no library that this one needs leads to it."""
     if (tool := shutil.which("nm")) is None:
         pytest.skip("nm is not installed")
-    open_symbols = subprocess.run([tool, "-D", "--undefined-only", dispatch._C.__file__], text=True, capture_output=True, check=True).stdout
+    open_symbols = subprocess.run([tool, "-D", "--undefined-only", backends._C.__file__], text=True, capture_output=True, check=True).stdout
     assert "aoti_torch_call_dispatcher" in open_symbols or "torch_call_dispatcher" in open_symbols
     assert "cuda_stream" not in open_symbols
     assert ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)  # torch's own libraries are found by their bare names
@@ -83,8 +83,8 @@ FAKE = ("step_gram", ([torch.empty(4, device="meta")], 1))
 def test_a_kernel_that_was_never_measured_is_not_the_default(monkeypatch):
     op, args = FAKE
     monkeypatch.delenv(dispatch.ENV, raising=False)
-    monkeypatch.setitem(dispatch._REFUSE, "cuda", lambda op, args: None)  # as on a GPU
-    monkeypatch.setitem(dispatch._REFUSE, "triton", lambda op, args: None)
+    monkeypatch.setitem(backends.REFUSE, "cuda", lambda op, args: None)  # as on a GPU
+    monkeypatch.setitem(backends.REFUSE, "triton", lambda op, args: None)
     monkeypatch.setattr(dispatch, "_measured", lambda: [])
     found = dispatch._choose(op, args)
     assert found.backend == "triton" and found.reasons["cuda"] == "compiled; not the default: never measured on a GPU"
@@ -95,8 +95,8 @@ def test_a_kernel_that_was_never_measured_is_not_the_default(monkeypatch):
 def test_a_measured_range_makes_it_the_default(monkeypatch):
     op, args = FAKE
     monkeypatch.delenv(dispatch.ENV, raising=False)
-    monkeypatch.setitem(dispatch._REFUSE, "cuda", lambda op, args: None)
-    monkeypatch.setitem(dispatch._REFUSE, "triton", lambda op, args: None)
+    monkeypatch.setitem(backends.REFUSE, "cuda", lambda op, args: None)
+    monkeypatch.setitem(backends.REFUSE, "triton", lambda op, args: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     row = {"op": op, "device": "NVIDIA H100", "dtype": "torch.float32", "least": 4, "most": 8, "speedup": 1.3}
     monkeypatch.setattr(dispatch, "_measured", lambda: [row])
@@ -116,7 +116,7 @@ def _generator():
 
 
 def test_the_table_is_what_the_committed_measurements_say():
-    assert json.loads(dispatch._DEFAULTS.read_text()) == _generator().table(ROOT / "bench" / "results")
+    assert json.loads(backends._DEFAULTS.read_text()) == _generator().table(ROOT / "bench" / "results")
 
 
 def test_the_table_takes_only_ranges_where_cuda_is_faster(tmp_path):

@@ -60,7 +60,7 @@ def test_every_job_is_right_and_says_whether_its_needs_hold(name, small, timer, 
     for op in job.ops:
         assert op in ef.dispatch.ops()
         for backend in job.backends:
-            assert backend == "triton" or backend == "ours" or op in ef.dispatch.CUDA, f"{op}: no CUDA C++ kernel"
+            assert backend == "triton" or backend == "ours" or op in ef.backends.CUDA, f"{op}: no CUDA C++ kernel"
 
 
 def test_titles_of_the_matrix_and_every_row_that_must_be_shown():
