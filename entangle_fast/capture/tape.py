@@ -138,12 +138,14 @@ class Tape:
     @check.kinds
     def project(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
         """<g_i, D_k>: directions are k lists of tensors shaped like ``params`` → (n, k)."""
-        directions = [list(d) for d in directions]  # iterators are used up by one look
+        given = list(directions)
+        directions = [list(d) for d in given]  # iterators are used up by one look
         if not directions:
             raise ValueError("directions: got none; needs at least one list of tensors shaped like tape.params")
         for k, d in enumerate(directions):
             if [getattr(x, "shape", None) for x in d] != [p.shape for p in self.params]:
-                raise ValueError(f"directions[{k}]: needs {len(self.params)} tensors shaped like tape.params, in that order")
+                mend = ": give project([direction])" if isinstance(given[k], Tensor) else ""
+                raise ValueError(f"directions[{k}]: needs {len(self.params)} tensors shaped like tape.params, in that order{mend}")
         maps = [dict(enumerate(d)) for d in directions]
         return self._total([c.project(maps) for c in self._contractions()], (self.n, len(directions)))
 

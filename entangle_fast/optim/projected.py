@@ -100,8 +100,11 @@ class Projected(torch.optim.Optimizer):
     def _parts(self, grads: Tensors | None, directions: Sequence[Tensors]) -> tuple[list[Part], list[Tensor], list[list[Tensor]]]:
         """Each group's share, gradients and directions of what is stepped: everything, or what has a .grad."""
         params, parts, at = self.params, [], 0
-        directions = [list(d) for d in directions]
+        given = list(directions)
+        directions = [list(d) for d in given]
         for j, d in enumerate(directions):
+            if len(d) != len(params) and isinstance(given[j], Tensor):
+                raise TypeError(f"directions[{j}]: got a tensor; needs a list of {len(params)} like params: give directions=[direction]")
             checks.require(len(d) == len(params), f"directions[{j}]: {len(d)} tensors for {len(params)} parameters; needs one for each")
         taken = [True] * len(params) if grads is not None else [p.grad is not None for p in params]
         if grads is None:
@@ -183,7 +186,7 @@ class Projected(torch.optim.Optimizer):
 
 def _given(params: Iterable) -> list:
     """What torch.optim.Optimizer takes: tensors, (name, tensor), or dicts of a group's options."""
-    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
+    if isinstance(params, (Tensor, str, torch.nn.Module)) or not isinstance(params, Iterable):
         raise TypeError(f"params: got {type(params).__name__}; needs tensors, such as model.parameters(), or groups of them")
     params = list(params)
     checks.require(len(params) > 0, "params: got no tensor; needs one at least")

@@ -82,3 +82,13 @@ def test_swapped_arguments_of_a_loss_are_torchs_to_name():
         tape.backward(F.cross_entropy(y, net(torch.randn(N, 3)), reduction="none"))
     with ef.capture(net) as tape:  # and the model is free again
         tape.backward(losses(net))
+
+
+def test_a_direction_alone_is_named():
+    net = model()
+    with ef.capture(net) as tape:
+        tape.backward(losses(net))
+    g = tape.combine(torch.ones(N))
+    with pytest.raises(ValueError, match=r"directions\[0\]: needs 4 tensors shaped like tape.params, in that order: give project"):
+        tape.project(g)
+    assert tape.project([g]).shape == (N, 1)

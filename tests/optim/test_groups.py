@@ -138,3 +138,14 @@ def test_gradients_of_every_kind(make):
     for coef in (torch.ones(1, dtype=torch.complex64), torch.ones(1, dtype=torch.int64)):
         with pytest.raises(ValueError, match="coef: dtype"):
             mine.step(g, [tensors(2)], coef)
+
+
+@BOTH
+def test_a_direction_alone_and_a_model_are_named(make):
+    g = tensors(1)
+    mine = make(tensors(0))
+    for direction in (g, flat(g).view(1, -1)):
+        with pytest.raises(TypeError, match=r"directions\[0\]: got a tensor; needs a list of 3 like params: give directions=\[direction\]"):
+            mine.step(g, direction)
+    with pytest.raises(TypeError, match="params: got Sequential; needs tensors, such as model.parameters"):
+        make(torch.nn.Sequential(torch.nn.Linear(2, 2)))
