@@ -9,6 +9,7 @@ from .entangled import Entangled
 from .geometric import Geometric
 from .influence import Influence
 from .lookahead import Lookahead
+from .options import named
 from .orthograd import OrthoGrad
 from .pgu import Pgu
 from .rosu import Rosu
@@ -16,7 +17,7 @@ from .saliency import SalUn
 from .scrub import Scrub
 from .woodbury import Woodbury
 
-METHODS = {cls.name: cls for cls in (
+METHODS = {cls.name: named(cls) for cls in (
     Entangled, FineTune, Geometric, GradientAscent, Influence, L1Sparse, Lookahead, NegGradPlus, OrthoGrad, Pgu, RandomLabels,
     Retrain, Rosu, SalUn, Scrub, Ssd, Woodbury,
 )}  # fmt: skip
