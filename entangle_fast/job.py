@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numbers
 import os
-from pathlib import Path
 
+import torch
 from torch import nn
 
 from .job_run import Run
 from .methods.process import sample_cross_entropy
-from .report import CHECKPOINT, REPORT
+from .report import UNFINISHED, run_in
 from .result import Result
 
 
+@torch.enable_grad()
 def unlearn(
     model: nn.Module, *, forget, adjacent, remote, method=None, test=None, loss=sample_cross_entropy, seed: int = 0,
     out=None, resume: bool = False, overwrite: bool = False, progress: bool = True, checkpoint_every: int = 50,
@@ -55,24 +57,31 @@ def unlearn(
     >>> sorted(result.after)
     ['adjacent', 'forget', 'per_class', 'remote']
     """
-    _refuse_kinds(model, loss, seed, out, augment)
+    _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every)
     refuse_used(out, resume, overwrite)
     sets = (forget, adjacent, remote)
-    run = Run(model, sets, method, test, loss, seed, out, checkpoint_every, eval_every, augment, allow_overlap)
+    run = Run(model, sets, method, test, loss, int(seed), out, checkpoint_every, eval_every, augment, allow_overlap)
     return run.go(resume, progress)
 
 
-def _refuse_kinds(model, loss, seed, out, augment) -> None:
-    """Raise TypeError for what cannot be a model, a loss, a seed, a folder or an augmentation."""
+def _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every) -> None:
+    """Raise TypeError for what cannot be a model, a loss, a seed, a folder, an augmentation or a count, ValueError for one below 0."""
     for name, x, fits, needs in (
         ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
         ("loss", loss, callable(loss), "a function (output, y) → per-sample losses (n,)"),
-        ("seed", seed, isinstance(seed, int), "a whole number"),
+        ("seed", seed, isinstance(seed, numbers.Integral), "a whole number"),
+        ("checkpoint_every", checkpoint_every, isinstance(checkpoint_every, numbers.Integral), "a whole number of steps, 0 for never"),
+        ("eval_every", eval_every, isinstance(eval_every, numbers.Integral), "a whole number of steps, 0 for stage ends only"),
         ("out", out, out is None or isinstance(out, (str, os.PathLike)), "a folder's path, or None"),
         ("augment", augment, augment is None or callable(augment), "a function (x, generator) → x, or None"),
     ):
         if not fits:
             raise TypeError(f"{name}: got {type(x).__name__}; needs {needs}")
+    for name, steps in (("checkpoint_every", checkpoint_every), ("eval_every", eval_every)):
+        if steps < 0:
+            raise ValueError(f"{name}: got {steps}; needs a number of steps >= 0")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("model: unlearning under torch.inference_mode, where nothing has a gradient; call it outside")
 
 
 def refuse_used(out, resume: bool, overwrite: bool) -> None:
@@ -85,8 +94,9 @@ def refuse_used(out, resume: bool, overwrite: bool) -> None:
         return
     if resume or overwrite:
         return
-    if (Path(out) / CHECKPOINT).exists():
-        raise ValueError(f"out: {out} holds a run that is not finished; resume=True (--resume) goes on with it, "
+    there = run_in(out)
+    if there == UNFINISHED:
+        raise ValueError(f"out: {out} holds {there}; resume=True (--resume) goes on with it, "
                          "overwrite=True (--overwrite) starts anew")  # fmt: skip
-    if (Path(out) / REPORT).exists():
-        raise ValueError(f"out: {out} holds a finished run; give another folder, or overwrite=True (--overwrite) to run again into it")
+    if there:
+        raise ValueError(f"out: {out} holds {there}; give another folder, or overwrite=True (--overwrite) to run again into it")

@@ -65,16 +65,24 @@ class SampleSet:
         return tuple(t[rows.to(t.device)] for t in self.tensors) if self.tensors else Subset(self.dataset, rows.tolist())
 
     def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        samples = [self.dataset[i] for i in rows.tolist()]
+        samples = [self._sample(i) for i in rows.tolist()]
         try:
             found = default_collate(samples)
         except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.name}: its samples do not go into one batch: {error}; needs pairs (x, y) of tensors or numbers, x of "
+            why = _odd_one(rows.tolist(), samples) or error
+            raise ValueError(f"{self.name}: its samples do not go into one batch: {why}; needs pairs (x, y) of tensors or numbers, x of "
                              "one shape: give the Dataset a transform") from error  # fmt: skip
         if not (isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
             kinds = f" of {', '.join(type(t).__name__ for t in found)}" if isinstance(found, (tuple, list)) else ""
             raise ValueError(f"{self.name}: its batches are a {type(found).__name__}{kinds}; needs samples that are pairs (x, y)")
         return found
+
+    def _sample(self, i: int):
+        try:
+            return self.dataset[i]
+        except Exception as error:  # of the caller's own code: which sample it was, only this place knows
+            raise ValueError(f"{self.name}: sample {i} of its {type(self.dataset).__name__} raised {type(error).__name__}: {error}; "
+                             f"needs a pair (x, y) at every index from 0 to {len(self) - 1}") from error  # fmt: skip
 
     def labels(self) -> Tensor:
         """Labels of all samples in their own order, on the device; a Dataset is read through for them, in batches."""
@@ -256,6 +264,19 @@ def _refuse_choices(name: str, loader: DataLoader) -> None:
                          "in its __getitem__")  # fmt: skip
 
 
+def _odd_one(rows: list[int], samples: list) -> str:
+    """The first sample that is made otherwise than the first, and how."""
+    forms = [_form(sample) for sample in samples]
+    odd = next((k for k, form in enumerate(forms) if form != forms[0]), None)
+    return "" if odd is None else f"sample {rows[odd]} is {forms[odd]}, sample {rows[0]} {forms[0]}"
+
+
+def _form(sample) -> str:
+    if isinstance(sample, (tuple, list)):
+        return f"({', '.join(map(_form, sample))})"
+    return f"{type(sample).__name__} {tuple(sample.shape)}" if hasattr(sample, "shape") else type(sample).__name__
+
+
 def _kind(data) -> str:
     """Its type, of two parts theirs too."""
     got = type(data).__name__
@@ -265,5 +286,7 @@ def _kind(data) -> str:
 def _mend(data) -> str:
     if isinstance(data, Tensor):
         return ": give its labels too, as a pair"
+    if isinstance(data, Mapping) and data:
+        return f": give one of its entries, {', '.join(map(repr, list(data)[:3]))}"
     arrays = [hasattr(part, "__array__") and not isinstance(part, Tensor) for part in (data if isinstance(data, (tuple, list)) else [data])]
     return ": torch.from_numpy(...)" if any(arrays) else ""

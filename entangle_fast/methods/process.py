@@ -20,6 +20,21 @@ def sample_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     return ops.sample_loss(output, y)
 
 
+def per_sample(losses, n: int, output=None) -> Tensor:
+    """What a loss gave for n samples, or an error that says what it should give: (n,), with a gradient where ``output`` has one."""
+    if not isinstance(losses, Tensor):
+        number = "use reduction='none', and no .item()" if isinstance(losses, (int, float)) else "return it"
+        mend = "compute it with torch" if hasattr(losses, "__array__") else number
+        raise TypeError(f"loss: gave a {type(losses).__name__} for {n} samples; needs a tensor ({n},), one loss per sample: {mend}")
+    if losses.shape != (n,):
+        raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs one per sample, ({n},), not reduced: "
+                         "reduction='none'")  # fmt: skip
+    if isinstance(output, Tensor) and output.requires_grad and not losses.requires_grad:
+        raise ValueError("loss: gave losses without a gradient; needs them computed from the output with torch: no .detach(), .item(), "
+                         "numpy or torch.no_grad on the way")  # fmt: skip
+    return losses
+
+
 def square(tensors: Sequence[Tensor]) -> Tensor:
     """‖x‖² over many tensors, 0-d float64, in one pass."""
     return ops.step_gram([tensors])[0, 0]
@@ -113,9 +128,7 @@ class Process(ABC):
     def checked(self, losses: Tensor, n: int, name: str) -> Tensor:
         """The losses, of the right shape. Whether they are finite is read with the gradients (gradient, must_be_finite), one wait
         for the device a step, not one a set; a method that forms its gradients otherwise calls settle before it changes anything."""
-        if losses.dim() != 1 or len(losses) != n:
-            raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs (n,), not reduced")
-        self._note(losses, name, "loss")
+        self._note(per_sample(losses, n), name, "loss")
         return losses
 
     def _note(self, values: Tensor, name: str, what: str) -> None:

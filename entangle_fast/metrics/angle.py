@@ -4,11 +4,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import ops
 from ..methods.data import Samples, SampleSet
-from ..methods.process import sample_cross_entropy
+from ..methods.process import per_sample, sample_cross_entropy
 from ..methods.training import device_of, in_mode
 from ..ops import check
 
@@ -47,10 +47,8 @@ def gradient_angle(
 def _mean_gradient(model, params, samples, loss, batch_size):
     total = [torch.zeros_like(p, dtype=_wide(p)) for p in params]
     for _, x, y in samples.chunks(batch_size):
-        losses = loss(model(x), y)
-        if not isinstance(losses, Tensor) or losses.shape != (len(x),):
-            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-            raise ValueError(f"loss: gave {got} for {len(x)} samples; needs a tensor ({len(x)},), not reduced: reduction='none'")
+        output = model(x)
+        losses = per_sample(loss(output, y), len(x), output)
         found = torch.autograd.grad(losses.sum() / len(samples), params, allow_unused=True)
         for t, g in zip(total, found):
             if g is not None:

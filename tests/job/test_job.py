@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from running import METHODS, SMALL, STEPS, bits, go, same, untimed
@@ -46,8 +47,8 @@ def test_the_report(tmp_path):
 
 @pytest.mark.parametrize("given, title", [(None, "Accuracy of the training samples"), (sets(forget=8), "Test accuracy")])
 def test_the_table_says_what_was_measured(given, title, capsys):
-    go(test=given).summary()
-    assert title in capsys.readouterr().out
+    text = go(test=given).summary()
+    assert title in text and capsys.readouterr().out == ""
 
 
 def test_modes_and_requires_grad_are_as_found():
@@ -127,7 +128,25 @@ def test_few_steps_are_told(capsys):
         assert "few steps" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"model": len}, {"loss": "ce"}, {"seed": "a"}, {"out": 3}, {"augment": 1.0}])
+@pytest.mark.parametrize("name", ["eval_every", "checkpoint_every"])
+def test_steps_below_zero(name):
+    with pytest.raises(ValueError, match=f"^{name}: got -1; needs a number of steps >= 0"):
+        go(**{name: -1})
+
+
+def test_gradients_are_on_whatever_the_caller_turned_off():
+    model = trained()
+    with torch.no_grad():
+        found = go(model)
+        assert not torch.is_grad_enabled()
+    assert same(bits(found.model), bits(go(seed=np.int64(0)).model))
+    model = trained()
+    with torch.inference_mode(), pytest.raises(ValueError, match="model: unlearning under torch.inference_mode, .*; call it outside"):
+        go(model)
+
+
+@pytest.mark.parametrize("wrong", [{"model": len}, {"loss": "ce"}, {"seed": "a"}, {"out": 3}, {"augment": 1.0}, {"eval_every": "a"},
+                                   {"checkpoint_every": None}])
 def test_what_cannot_be_one_is_named(wrong):
     (name,) = wrong
     given = {"model": torch.nn.Linear(4, 2), "forget": None, "adjacent": None, "remote": None} | wrong

@@ -1,6 +1,7 @@
 """What is refused before the first step. Bad parameters and shapes: tests/job."""
 
 import pytest
+import torch
 from small import net, sets
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -53,3 +54,82 @@ class Wrapped(nn.Module):
 def test_a_model_that_gives_no_logits(wrap, got):
     with pytest.raises(ValueError, match=f"model: gives {got}.* for 2 samples; needs logits .n, classes."):
         check((X, Y), model=Wrapped(wrap))
+
+
+def ce(output, y):
+    return nn.functional.cross_entropy(output, y, reduction="none")
+
+
+def raising(output, y):
+    raise KeyError("mine")
+
+
+SWAP = "it is called as loss.output, y.: give lambda output, y: loss.y, output."
+
+
+@pytest.mark.parametrize("loss, error, message", [
+    (lambda output, y: ce(output, y).detach(), ValueError, "loss: gave losses without a gradient; .* no .detach.., .item.., numpy"),
+    (lambda output, y: ce(output.detach(), y), ValueError, "loss: gave losses without a gradient"),
+    (lambda output, y: ce(output, y).detach().numpy(), TypeError, "loss: gave a ndarray for 2 samples; .*: compute it with torch"),
+    (lambda output, y: ce(output, y).mean().item(), TypeError, "loss: gave a float for 2 samples; .*: use reduction='none', and no .item"),
+    (lambda output, y: ce(output, y).tolist(), TypeError, "loss: gave a list for 2 samples; needs a tensor .2,., one loss per sample"),
+    (lambda output, y: None, TypeError, "loss: gave a NoneType for 2 samples; .*: return it"),
+    (lambda output, y: ce(output, y).mean(), ValueError, r"loss: gave shape \(\) for 2 samples; needs one per sample, \(2,\), not reduced"),
+    (nn.CrossEntropyLoss(), ValueError, r"loss: gave shape \(\) for 2 samples"),
+    (lambda output, y: output, ValueError, r"loss: gave shape \(2, 4\) for 2 samples"),
+    (lambda a, b: ce(b, a), ValueError, f"loss: serves as loss.y, output. only, but {SWAP}"),
+    (lambda labels, logits: (logits - labels[:, None]).square().sum(1), ValueError, f"loss: its arguments are .labels, logits., {SWAP}"),
+    (raising, ValueError, r"loss: raised KeyError when called as .* with \(2, 4\) torch.float32 and \(2,\) torch.int64: 'mine'"),
+    (lambda output: output.sum(1), ValueError, "loss: raised TypeError when called as loss.output, y."),
+])  # fmt: skip
+def test_a_loss_that_is_none(loss, error, message):
+    with pytest.raises(error, match=message) as raised:
+        check((X, Y), loss=loss)
+    assert loss is not raising or isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("loss", [ce, nn.CrossEntropyLoss(reduction="none"), lambda y_hat, y: ce(y_hat, y), lambda *both: ce(*both)])
+def test_a_loss_that_serves(loss):
+    with torch.no_grad():
+        check((X, Y), loss=loss)
+
+
+class Dark(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.inner(x)
+
+
+def test_a_model_that_lets_no_gradient_through():
+    for loss in (None, ce):
+        with pytest.raises(ValueError, match="model: its output depends on none of its trainable parameters, or runs under torch.no_grad"):
+            check((X, Y), loss=loss, model=Dark())
+
+
+def needs_three(x, generator, strength):
+    return x
+
+
+@pytest.mark.parametrize("augment, error, message", [
+    (lambda x: x, ValueError, r"augment: raised TypeError when called as augment.* with \(2, 6\) torch.float32: .*RandomShift"),
+    (needs_three, ValueError, "augment: raised TypeError when called"), (lambda x, g: None, TypeError, "augment: gave a NoneType; needs"),
+    (lambda x, g: (x, 1), TypeError, "augment: gave a tuple"), (lambda x, g: x.numpy(), TypeError, "augment: gave a ndarray"),
+    (lambda x, g: x[:1], ValueError, r"augment: gave shape \(1, 6\) for \(2, 6\) torch.float32; needs as many samples"),
+    (lambda x, g: x.sum(), ValueError, r"augment: gave shape \(\) for"),
+    (lambda x, g: x[:, :3], ValueError, r"augment: the model cannot take \(2, 3\) torch.float32, made of \(2, 6\) .* of adjacent"),
+    (lambda x, g: x.double(), ValueError, r"augment: the model cannot take \(2, 6\) torch.float64"),
+])  # fmt: skip
+def test_an_augmentation_that_is_none(augment, error, message):
+    with pytest.raises(error, match=message):
+        check_samples(net(), SampleSet("adjacent", (X, Y), "cpu", 0, augment), None, True)
+
+
+def test_an_augmentation_is_tried_without_a_trace():
+    model = net()
+    state, before = torch.get_rng_state(), X.clone()
+    check_samples(model, SampleSet("adjacent", (X, Y), "cpu", 0, lambda x, g: x.add_(torch.rand(()))), None, True)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(X, before)

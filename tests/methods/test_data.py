@@ -214,8 +214,20 @@ class Items(Dataset):
 
 
 def test_samples_that_go_into_no_batch():
-    for items in ([(object(), 1)] * 2, [(torch.zeros(2), 0), (torch.zeros(3), 0)]):
-        with pytest.raises(ValueError, match="forget: its samples do not go into one batch: .*; needs pairs .x, y. of tensors or numbers"):
-            SampleSet("forget", Items(*items), "cpu").take(torch.tensor([0, 1]))
-    with pytest.raises(RuntimeError, match="^mine$"):  # an error of the caller's own code
-        SampleSet("forget", Items(RuntimeError("mine")), "cpu").take(torch.tensor([0]))
+    of_shapes = "sample 2 is .Tensor .3,., int., sample 1 .Tensor .2,., int."
+    for items, why in (([(object(), 1)] * 3, ".*object"), ([(torch.zeros(k), 0) for k in (9, 2, 3)], of_shapes)):
+        with pytest.raises(ValueError, match=f"forget: its samples do not go into one batch: {why}.*; needs pairs .x, y. of tensors or"):
+            SampleSet("forget", Items(*items), "cpu").take(torch.tensor([1, 2]))
+
+
+def test_a_sample_that_cannot_be_read_is_named():
+    samples = SampleSet("forget", Subset(Items((torch.zeros(2), 0), RuntimeError("mine"), (torch.zeros(2), 0)), [0, 2, 1]), "cpu")
+    assert len(samples.take(torch.tensor([0, 1]))[1]) == 2
+    with pytest.raises(ValueError, match="forget: sample 2 of its Subset raised RuntimeError: mine; .* every index from 0 to 2") as raised:
+        samples.take(torch.tensor([0, 2]))
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_sets_by_name_where_one_is_needed():
+    with pytest.raises(ValueError, match="data: got dict; .*: give one of its entries, 'forget', 'adjacent', 'remote'"):
+        SampleSet("data", sets(), "cpu")

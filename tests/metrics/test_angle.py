@@ -47,8 +47,10 @@ def test_refusals():
         gradient_angle(model, FORGET, nothing)
     with pytest.raises(ValueError, match="not reduced"):
         gradient_angle(model, FORGET, RETAIN, loss=F.cross_entropy)
-    with pytest.raises(ValueError, match="loss: gave a NoneType for 20 samples; needs a tensor"):
+    with pytest.raises(TypeError, match="loss: gave a NoneType for 20 samples; needs a tensor"):
         gradient_angle(model, FORGET, RETAIN, loss=lambda out, y: None)
+    with pytest.raises(ValueError, match="loss: gave losses without a gradient"):
+        gradient_angle(model, FORGET, RETAIN, loss=lambda out, y: out.detach().sum(1))
     with pytest.raises(FloatingPointError, match="retain: its gradient"):
         gradient_angle(model, FORGET, (RETAIN[0] * torch.nan, RETAIN[1]))
     with pytest.raises(ValueError, match="no trainable parameter"):
