@@ -95,8 +95,7 @@ class Run:
             [_floats(row) for row in self.history], self.losses, facts, self.task, self.settings, self._identity(),
         )  # fmt: skip
         if self.out is not None:
-            result.save(self.out)
-            (self.out / CHECKPOINT).unlink(missing_ok=True)
+            result.save(self.out, overwrite=True)
         return result
 
     def _step(self) -> None:

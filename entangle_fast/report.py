@@ -20,6 +20,7 @@ from .storage import CheckpointError, atomic_write, load_json, load_tensors
 
 REPORT, HISTORY, LOSSES = "report.json", "history.csv", "losses.safetensors"
 CHECKPOINT, CONFIG = "checkpoint.safetensors", "config.toml"  # of a run that is not finished, and of one from a file
+UNFINISHED, FINISHED = "a run that is not finished", "a finished run"
 SETS = ("forget", "adjacent", "remote")
 REFERENCES = ("original", "retrain")  # what the methods are measured against
 HISTORY_COLUMNS = (
@@ -47,6 +48,12 @@ def aggregate(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "std": {key: std_of(row.get(key) for row in rows) for key in SETS},
         "seeds": rows,
     }
+
+
+def run_in(folder: str | os.PathLike) -> str:
+    """What a folder holds: UNFINISHED, FINISHED, or "" without a run."""
+    folder = Path(folder)
+    return UNFINISHED if (folder / CHECKPOINT).exists() else FINISHED if (folder / REPORT).exists() else ""
 
 
 def numbers(values: Iterable[Any]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,15 @@ class Result:
             "task": self.task, "facts": self.facts, "run": self.run, **machine_info(), "figures": [],
         }
 
-    def save(self, folder) -> Path:
-        """Write report.json, history.csv, losses.safetensors, config.toml, model.safetensors and the figures, over what is there."""
+    def save(self, folder, overwrite: bool = False) -> Path:
+        """Write report.json, history.csv, losses.safetensors, config.toml, model.safetensors and the figures.
+
+        Raises ValueError for a folder that holds a run, finished or not, without ``overwrite``; CheckpointError where nothing can be
+        written.
+        """
         folder = _path(folder)
+        if not overwrite and (there := report.run_in(folder)):
+            raise ValueError(f"folder: {folder} holds {there}; give another folder, or overwrite=True to write over it")
         storage.save_tensors(folder / MODEL, self.model.state_dict())
         storage.save_tensors(folder / report.LOSSES, self.losses)
         report.write_history(folder, self.history)
@@ -74,6 +81,7 @@ class Result:
         storage.save_json(folder / report.REPORT, found)  # the run is finished, even if a figure should fail
         found["figures"] = [path.name for path in self.plot(folder)]
         storage.save_json(folder / report.REPORT, found)
+        (folder / report.CHECKPOINT).unlink(missing_ok=True)  # of the run that this one was, or is written over
         return folder
 
     def plot(self, folder=None) -> dict[str, Any] | list[Path]:
@@ -87,13 +95,15 @@ class Result:
         found = run.drawings(self.report(), self.history, report.keyed_losses(self.losses))
         return style.figures_of(found) if folder is None else style.draw_all(_path(folder), found)
 
-    def summary(self, console=None) -> None:
-        """Print the table."""
+    def summary(self) -> str:
+        """The table of ``entangle-fast report`` as plain text: ``print(result.summary())``."""
         from rich.console import Console
 
         from .report_table import table
 
-        table(self.report(), console or Console())
+        text = io.StringIO()
+        table(self.report(), Console(file=text, force_terminal=False, force_jupyter=False, color_system=None))
+        return text.getvalue().rstrip()
 
 
 def _path(folder) -> Path:

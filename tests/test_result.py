@@ -70,3 +70,25 @@ def test_a_folder_that_cannot_be_written(result, tmp_path):
 def test_a_run_without_steps_of_stage_2_has_no_angle():
     found = ef.unlearn(trained(), **sets(), method=ef.FineTune(epochs=1), progress=False).plot()
     assert list(found) == ["loss_distributions", "accuracy_over_time", "frontier"]
+
+
+def test_the_summary_is_text(result, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = result.summary()
+    lines = text.splitlines()
+    assert capsys.readouterr() == ("", "") and text == text.strip() and "\x1b" not in text
+    assert lines[0] == "Accuracy of the training samples, %" and any(line.startswith("entangled ") for line in lines)
+
+
+def test_another_run_is_not_written_over(result, tmp_path):
+    result.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="folder: .* holds a finished run; give another folder, or overwrite=True to write over it"):
+        result.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    (tmp_path / report.REPORT).unlink()
+    (tmp_path / report.CHECKPOINT).write_bytes(b"of a run that died")
+    with pytest.raises(ValueError, match="folder: .* holds a run that is not finished; give another folder, or overwrite=True"):
+        result.save(tmp_path)
+    result.save(tmp_path, overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == before.keys()  # without the checkpoint: it was another run's
