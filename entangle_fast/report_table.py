@@ -155,4 +155,4 @@ def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
         if isinstance(value, Mapping):
             yield from flat_facts(value, f"{prefix}{key} ")
         else:
-            yield f"{prefix}{key}", f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{key}", f"{value + 0.0:.4g}" if isinstance(value, float) else str(value)

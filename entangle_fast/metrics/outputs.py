@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ..methods.data import Samples, SampleSet, answers
 from ..methods.training import device_of
@@ -37,7 +38,10 @@ def by_name(sets) -> Mapping[str, Samples]:
     if hasattr(sets, "test_fine"):
         return sets.test._asdict()
     if not isinstance(sets, Mapping):
-        raise TypeError(f"sets: got {type(sets).__name__}; needs a tasks.Sets (split a task), or a mapping of names to (x, y) or Datasets")
+        pair = isinstance(sets, (tuple, list)) and any(isinstance(t, Tensor) for t in sets)
+        mend = ": {'data': ...}, or metrics.accuracy, which takes one set" if pair or isinstance(sets, (Dataset, DataLoader)) else ""
+        raise TypeError(f"sets: got {type(sets).__name__}; needs a tasks.Sets (split a task), or a mapping of names to (x, y) or Datasets"
+                        f"{mend}")  # fmt: skip
     return sets
 
 

@@ -40,6 +40,11 @@ class Membership:
     members: int
     nonmembers: int
 
+    def __str__(self) -> str:
+        """As in "loss AUC 0.536, entropy AUC 0.541 (300 members, 100 nonmembers)", and why it is a failure."""
+        found = ", ".join(f"{attack} AUC {value:.3f}" for attack, value in self.auc.items())
+        return f"{found} ({self.members} members, {self.nonmembers} nonmembers){f'; {self.why}' if self.collapsed else ''}"
+
     def summary(self) -> dict:
         """All but the ROCs, as JSON takes it."""
         rates = {attack: {str(fpr): tpr for fpr, tpr in found.items()} for attack, found in self.tpr_at.items()}

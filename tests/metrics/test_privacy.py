@@ -208,6 +208,8 @@ def test_all_attacks_and_summary():
     found = membership(AsIs(), drawn(n, 1.0), drawn(n, seed=1), population=drawn(200, seed=2), shadows=shadows,
                        attacks=("loss", "entropy", "modified_entropy", "classifier", "population", "ulira"))  # fmt: skip
     summary = json.loads(json.dumps(found.summary()))
+    assert str(found).startswith(f"{next(iter(found.auc))} AUC {next(iter(found.auc.values())):.3f}, ") and "\n" not in str(found)
+    assert f"({found.members} members, {found.nonmembers} nonmembers)" in str(found) and str(found).endswith(found.why)
     assert set(summary["auc"]) == set(found.roc) == set(summary["tpr_at"]) and len(summary["auc"]) == 6
     assert summary["tpr_at"]["loss"] == {"0.001": found.tpr_at["loss"][0.001], "0.01": found.tpr_at["loss"][0.01]}
     assert summary["collapsed"] is True and summary["members"] == n

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from entangle_fast.metrics import accuracy, evaluate, utility
 from entangle_fast.metrics.utility import agreement, brier, calibration_error, divergence
@@ -91,7 +92,9 @@ def test_brier_and_divergence_by_hand():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda m: utility(m, some(4)), "sets: got tuple"), (lambda m: utility(m, {"s": some(4)}, bins=0), "bins, binning: got 0"),
+    (lambda m: utility(m, some(4)), r"sets: got tuple; .*: .'data': \.\.\.., or metrics.accuracy, which takes one set"),
+    (lambda m: utility(m, TensorDataset(*some(4))), "sets: got TensorDataset; .*: .'data': "), (lambda m: utility(m, 3), "Datasets$"),
+    (lambda m: utility(m, {"s": some(4)}, bins=0), "bins, binning: got 0"),
     (lambda m: utility(m, {"s": some(4)}, binning="x"), "got 15 and 'x'"),
     (lambda m: utility(m, {"s": some(4)}, retrained=nn.Linear(4, 2)), "retrained"),
     (lambda m: utility(m, {"s": (some(4)[0], torch.full((4,), 3))}), "s: got labels from 3 to 3"),
