@@ -233,3 +233,54 @@ def test_losses_of_another_kind():
     model = nn.Linear(3, 2)
     with ef.capture(model) as tape, pytest.raises(TypeError, match="losses: got list"):
         tape.backward(list(model(torch.randn(4, 3)).square().sum(1)))
+
+
+IDS, N = lambda x: (x > 0).long()[..., 0], 4  # (4, 5)
+BY_VMAP = {
+    "embedding_bag": (nn.EmbeddingBag(4, 3), lambda s, x: s.m(IDS(x))), "bilinear": (nn.Bilinear(6, 6, 2), lambda s, x: s.m(x, x)),
+    "conv_transpose1d": (nn.ConvTranspose1d(5, 4, 3), lambda s, x: s.m(x)),
+    "conv_transpose2d": (nn.ConvTranspose2d(5, 4, 3), lambda s, x: s.m(x.unsqueeze(2))),
+    "conv_transpose3d": (nn.ConvTranspose3d(5, 4, 3), lambda s, x: s.m(x[..., None, None])),
+    "gru_cell": (nn.GRUCell(6, 4), lambda s, x: s.m(x[:, 1], s.m(x[:, 0]))), "rnn_tanh_cell": (nn.RNNCell(6, 4), lambda s, x: s.m(x[:, 0])),
+    "cosine_similarity": (nn.Linear(6, 3), lambda s, x: F.cosine_similarity(x[:, :1], s.m.weight, dim=-1)),
+    "cdist": (nn.Linear(6, 3), lambda s, x: torch.cdist(x[:, 0], s.m.weight)),
+}
+BY_NOTHING = {
+    "lstm": (nn.LSTM(6, 4, batch_first=True), lambda s, x: s.m(x)[0]), "gru": (nn.GRU(6, 4, batch_first=True), lambda s, x: s.m(x)[0]),
+    "rnn_tanh": (nn.RNN(6, 4, batch_first=True), lambda s, x: s.m(x)[0]), "lstm_cell": (nn.LSTMCell(6, 4), lambda s, x: s.m(x[:, 0])[0]),
+    "embedding_bag": (nn.EmbeddingBag(4, 3), lambda s, x: s.m(IDS(x).flatten(), torch.arange(0, 5 * N, 5))),
+    "scale_grad_by_freq": (nn.Embedding(4, 3, scale_grad_by_freq=True), lambda s, x: s.m(IDS(x))),
+    "max_norm": (nn.Embedding(4, 3, max_norm=1.0), lambda s, x: s.m(IDS(x))),
+    "scripted": (torch.jit.script(nn.Linear(6, 3)), lambda s, x: s.m(x)),
+}
+
+
+@pytest.mark.parametrize("name", BY_VMAP)
+def test_readmes_layers_that_strict_false_takes(name):
+    model = lively(Via(BY_VMAP[name][1], m=BY_VMAP[name][0]))
+    with pytest.raises(ef.CaptureError, match=name):
+        run(model, 5, 6)
+    x = torch.randn(N, 5, 6).double()
+    ef.check_capture(model, lambda: squares(model(x)), strict=False, rtol=1e-10)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", BY_NOTHING)
+def test_readmes_layers_that_nothing_takes(name, strict):
+    member, forward = BY_NOTHING[name]
+    with pytest.raises(ef.CaptureError, match=name):
+        run(lively(Via(forward, m=member)), 5, 6, strict=strict)
+
+
+@pytest.mark.parametrize("name", [n for n in {**BY_VMAP, **BY_NOTHING} if n not in ("embedding_bag", "scale_grad_by_freq", "max_norm")])
+def test_readmes_layers_may_stand_there_frozen(name):
+    member, forward = {**BY_VMAP, **BY_NOTHING}[name]
+    model = lively(Via(lambda s, x: forward(s, s.before(x)), m=member, before=nn.Linear(6, 6)))
+    frozen, x = [p for p in model.m.parameters() if p.requires_grad], torch.randn(N, 5, 6).double()
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        ef.check_capture(model, lambda: squares(model(x)), rtol=1e-10)
+    finally:  # for the tests that share it
+        for p in frozen:
+            p.requires_grad_(True)
