@@ -85,7 +85,7 @@ def test_a_kernel_that_was_never_measured_is_not_the_default(monkeypatch):
     monkeypatch.delenv(dispatch.ENV, raising=False)
     monkeypatch.setitem(backends.REFUSE, "cuda", lambda op, args: None)  # as on a GPU
     monkeypatch.setitem(backends.REFUSE, "triton", lambda op, args: None)
-    monkeypatch.setattr(dispatch, "_measured", lambda: [])
+    monkeypatch.setattr(backends, "_measured", lambda: [])
     found = dispatch._choose(op, args)
     assert found.backend == "triton" and found.reasons["cuda"] == "compiled; not the default: never measured on a GPU"
     monkeypatch.setenv(dispatch.ENV, "cuda,triton")
@@ -99,11 +99,11 @@ def test_a_measured_range_makes_it_the_default(monkeypatch):
     monkeypatch.setitem(backends.REFUSE, "triton", lambda op, args: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     row = {"op": op, "device": "NVIDIA H100", "dtype": "torch.float32", "least": 4, "most": 8, "speedup": 1.3}
-    monkeypatch.setattr(dispatch, "_measured", lambda: [row])
+    monkeypatch.setattr(backends, "_measured", lambda: [row])
     assert dispatch._choose(op, args).backend == "cuda"
-    monkeypatch.setattr(dispatch, "_measured", lambda: [row | {"least": 5}])
+    monkeypatch.setattr(backends, "_measured", lambda: [row | {"least": 5}])
     assert dispatch._choose(op, args).backend == "triton"
-    monkeypatch.setattr(dispatch, "_measured", lambda: [row | {"device": "NVIDIA A100"}])
+    monkeypatch.setattr(backends, "_measured", lambda: [row | {"device": "NVIDIA A100"}])
     found = dispatch._choose(op, args)
     assert found.backend == "triton" and "no measurement on NVIDIA H100" in found.reasons["cuda"]
 
