@@ -14,7 +14,7 @@ _NUMBERS = {"float": (float, numbers.Real, "a number"), "int": (int, numbers.Int
 
 def named(cls: type) -> type:
     """The dataclass, whose __init__ raises TypeError for what is none of its options, naming the nearest, and for a kind that it cannot
-    use; whole numbers serve where a float is meant, numpy's as Python's."""
+    use; whole numbers serve where a float is meant."""
     fields = {f.name: f.type for f in dataclasses.fields(cls) if f.init}
     init = cls.__init__
 
@@ -41,4 +41,4 @@ def _number(name: str, annotation: str, x):
     if isinstance(x, bool) or not isinstance(x, fits):
         got = f"{x!r}" if isinstance(x, numbers.Real) else type(x).__name__
         raise TypeError(f"{name}: got {got}; needs {needs}{': give .item()' if isinstance(x, Tensor) else ''}")
-    return make(x)
+    return x if type(x) in (int, float) else make(x)  # numpy's as Python's: they go into config.toml
