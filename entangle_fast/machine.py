@@ -28,7 +28,9 @@ def machine_info() -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: package_version(name) for name in ("entangle_fast", "torch", "triton", "numpy")},
+            "entangle_fast": package_version("entangle_fast"),
+            "torch": torch.__version__,  # its metadata may not say for which CUDA
+            **{name: package_version(name) for name in ("triton", "numpy")},
         },
         "commit": _commit(),
     }

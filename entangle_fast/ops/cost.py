@@ -13,7 +13,7 @@ from __future__ import annotations
 FORM = 1.3  # a FLOP of forming gradients: short products, transposed afterwards
 PAIR_ELEMENT = 16.0  # an element of both position products: written, read, multiplied, added
 PACK_ELEMENT = 26.0  # an element of the factors, packed into panels
-TILES = 1.1, 0.95  # the tiles route as a whole: where its panels leave L2, and where all gradients fit
+TILES, TILES_IN_L2 = 1.1, 0.95  # the tiles route as a whole: where its panels leave L2, and where all gradients fit
 L2 = 1 << 18  # elements
 CALL = 2.5e6  # what a route costs with nothing to do
 PANEL = 32
@@ -33,7 +33,7 @@ def costs(n: int, m: int, t: int, s: int, d_in: int, d_out: int, symmetric: bool
     positions, width = n * t + (0 if symmetric else m * s), d_in + d_out
     pairs = cells(n * t, m * s) * (2 * width + PAIR_ELEMENT) + PACK_ELEMENT * positions * width
     tiles = 2 * d_in * d_out * (FORM * positions + cells(n, m))
-    return {"pairs": pairs + CALL, "tiles": TILES[n * d_in * d_out <= L2] * (tiles + CALL)}
+    return {"pairs": pairs + CALL, "tiles": (TILES_IN_L2 if n * d_in * d_out <= L2 else TILES) * (tiles + CALL)}
 
 
 def route(n: int, m: int, t: int, s: int, d_in: int, d_out: int, symmetric: bool) -> str:

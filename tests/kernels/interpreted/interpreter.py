@@ -42,3 +42,4 @@ def mend() -> None:
     # it takes triton.language over anew for each call of a function in a kernel, half of all its time; here once for good
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: type(scope)()
+    tl.tensor.__index__ = lambda self: int(self.handle.data.item())  # 3.6 converts an array of one element, as numpy no longer does
