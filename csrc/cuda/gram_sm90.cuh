@@ -14,13 +14,14 @@
 //   1 block    768 t + 64 Ki        39    19     25              155    85     130      before: 24 MiB of scratch
 //   2 blocks   512 t + 64 Ki        30    19     23 (16)         107    85     117 (82)
 //   4 blocks   384 t + 64 Ki        26    19     23 (16)          83    85     117 (82)
-// accumulate: 64 Ki, 12 ns, tensor 11; n 256: 12 and 16, was 24. In all, of 790 TFLOP/s, at t 197 and 1024:
+// accumulate: 64 Ki, 12 ns, tensor 11; n 256: 12 and 16, was 24. In all, gaps between launches apart, of 790 TFLOP/s, at t 197, 1024:
 //   before                   n 64: 37, 53 %    n 128: 42, 54 %            n 256: 39 (43), 37 (51) %
 //   2 blocks, d_out 768      n 64: 45, 74 %    n 128: 51, 70 (76) %       n 256: 58, 55 (76) %    chunks of 256 × 256: DRAM
 //   4 blocks, d_out 4096     n 64: 51, 80 (90) %    n 128: 58, 70 (93) %  n 256: they would not fit the scratch
 // At t 197 the scratch is most of it: with factors for nothing 71 % at n 128. Not taken: 128 × 512 by two blocks, 640 t; blocks of 192 by
 // three warpgroups, 427 t and 55, 63 % at n 128, 160 registers a thread at most; the second product through the cluster's shared
-// memory, no scratch: 8 blocks hold 128 samples' 64 × 96 at most, 1.6 times the bytes of 4 blocks at t 197, 3.3 at 1024.
+// memory, no scratch: 8 blocks hold 128 samples' 64 × 96 at most, 1.6 times the bytes of 4 blocks at t 197, 3.3 at 1024; n > 256 in
+// clusters of 2 × 2 blocks of accumulate: 48 → 32 ns at n 512.
 // Counted from SASS: per 32 positions two HGMMA of 64 × 256 × 16 a warpgroup, one group left in flight, 162 registers; the
 // others 62 to 136; no spills. A block's 13 warps, as for 256 samples, could have 128 each.
 // I: 256, 128, 64 by d_in. TMA needs 16-byte strides and fills zeros outside of the tensors. Never run on a GPU.

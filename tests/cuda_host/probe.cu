@@ -87,8 +87,8 @@ EF_LAUNCHER probe_wgmma(const Factors* f, float* first, float* second, int wrong
 
 // Clusters of two: each block copies its half of the first row of a (positions, 128) into both, waits for the whole, arrives at its
 // peer's second mbarrier. out (blocks, 2 + 128): rank, blocks of the cluster, the row.
-// wrong: 1 no barrier after the mbarriers are made, 2 an arrival beyond the cluster, 3 a block that leaves before its peer arrives,
-// 4 a copy beyond the cluster, 5 a cluster barrier that one block skips, 6 no fence of the mbarriers
+// wrong: 1 a block's barrier, not the cluster's, after the mbarriers are made, 2 an arrival beyond the cluster, 3 a block that leaves
+// before its peer arrives, 4 a copy beyond the cluster, 5 a cluster barrier that one block skips, 6 no fence of the mbarriers
 __global__ void cluster(const __grid_constant__ sm90::Maps maps, Span<float> out, int wrong) {
   EF_DYNAMIC_SHARED(unsigned char, s);
   uint64_t* bar = reinterpret_cast<uint64_t*>(s + 2 * sm90::kBox);
@@ -97,7 +97,8 @@ __global__ void cluster(const __grid_constant__ sm90::Maps maps, Span<float> out
     ptx::mbarrier_init(bar, 1), ptx::mbarrier_init(bar + 1, 1);
     if (wrong != 6) ptx::fence_mbarrier_init();
   }
-  if (wrong != 1) ptx::cluster_sync();
+  if (wrong == 1) __syncthreads();
+  else ptx::cluster_sync();
   if (threadIdx.x == 0) {
     ptx::mbarrier_arrive_expect(bar, 2 * sm90::kBox);
     ptx::tma_multicast_3d(s + rank * sm90::kBox, &maps.right, rank * 64, 0, 0, bar, wrong == 4 ? 7 : 3, ptx::evict_normal());

@@ -45,12 +45,17 @@ inline bool run_cluster() {
   std::vector<Warp> order;
   for (auto& b : cluster->blocks)
     for (int n = b.fibers.size(), low = 0; low < n; low += 32) order.push_back({&b, low, std::min(n - low, 32)});
+  const size_t blocks = cluster->blocks.size();
+  Block* asleep = nullptr;  // for some rounds, so that blocks come apart further than warps do
+  auto nod = [&] { asleep = blocks > 1 && random_bits() % 2 ? &cluster->blocks[random_bits() % blocks] : nullptr; };
+  nod();
   for (;;) {
     std::shuffle(order.begin(), order.end(), random_bits);
+    if (random_bits() % 4 == 0) nod();
     bool progress = false, live = false;
     for (auto& [b, low, count] : order) {
       block = b;
-      for (bool again = true; again;) {
+      for (bool again = b != asleep; again;) {
         again = false;
         for (int k = 0, turn = random_bits() % count; k < count; k++) {
           int i = low + (k + turn) % count;
@@ -61,6 +66,10 @@ inline bool run_cluster() {
         if (random_bits() % 8 == 0) break;
       }
       for (int i = low; i < low + count; i++) live |= !block->fibers[i].done;
+    }
+    if (live && !progress && asleep) {
+      asleep = nullptr;
+      continue;
     }
     auto& late = cluster->late;
     if (live && !progress && !late.empty()) {  // only copies under way can free anyone: one of them lands
