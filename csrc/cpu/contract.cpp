@@ -219,13 +219,13 @@ template <class T> void contract_few(const Gradients<T>& x, const Gradients<T>& 
   torch::stable::parallel_for(0, x.n, 1, [&](int64_t begin, int64_t end) {
     T* cells = (T*)scratch(Slot::rows, widest * sizeof(T));
     T* others = (T*)scratch(Slot::panels, y.n * widest * sizeof(T));
-    void* work = scratch(Slot::work, std::max(x.work(), y.work()));
+    void *work = scratch(Slot::work, x.work()), *other_work = scratch(Slot::other_panels, y.work());
+    x.prepare(work);
     std::vector<double> sums((end - begin) * y.n);
     std::vector<const T*> at(y.n);
     for (int64_t j = 0; j < y.n; ++j) at[j] = others + j * widest;
     for (const Piece& p : x.pieces) {
-      y.form_rows(0, y.n, p, others, widest, work);
-      x.prepare(work);
+      y.form_rows(0, y.n, p, others, widest, other_work);
       for (int64_t i = begin; i < end; ++i) {
         x.form(i, p, cells, work);
         k.dots(cells, at.data(), y.n, p.cells, sums.data() + (i - begin) * y.n);

@@ -51,21 +51,25 @@ template <class T> struct Right {
 template <class T>
 EF_DEVICE void multiply(float (&d)[kProducts][4][4], const unsigned char* rows, int column, const Right<T> (&right)[kProducts], int lane) {
   using Kept = typename GradientTile<T>::Kept;
-  const int g = lane / 4, q = lane % 4;
+  const unsigned char* from = rows + lane / 4 * kPitch + (column + lane % 4 * 4) * sizeof(Kept);
+  if constexpr (Right<T>::kPairs) {
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const unsigned char *low = rows + (m * 16 + g) * kPitch + (column + 4 * q) * sizeof(Kept), *high = low + 8 * kPitch;
-    if constexpr (Right<T>::kPairs) {
+    for (int m = 0; m < 4; ++m) {
+      const unsigned char *low = from + m * 16 * kPitch, *high = low + 8 * kPitch;
       const uint2 x = *reinterpret_cast<const uint2*>(low), y = *reinterpret_cast<const uint2*>(high);
       const uint32_t left[4] = {x.x, y.x, x.y, y.y};
 #pragma unroll
       for (int p = 0; p < kProducts; ++p) ptx::mma_bf16(d[p][m], left, right[p].x);
-    } else {
-      const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
-      const float first[4] = {x.x, y.x, x.y, y.y}, second[4] = {x.z, y.z, x.w, y.w};
+    }
+  } else {
 #pragma unroll
-      for (int p = 0; p < kProducts; ++p) {
-        const float v[2] = {right[p].x[0], right[p].x[1]}, v2[2] = {right[p].x[2], right[p].x[3]};
+    for (int p = 0; p < kProducts; ++p) {  // outside: two tf32 of each right factor at once would spill
+      const float v[2] = {right[p].x[0], right[p].x[1]}, v2[2] = {right[p].x[2], right[p].x[3]};
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const unsigned char *low = from + m * 16 * kPitch, *high = low + 8 * kPitch;
+        const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
+        const float first[4] = {x.x, y.x, x.y, y.y}, second[4] = {x.z, y.z, x.w, y.w};
         GradientTile<T>::multiply_float(d[p][m], first, v, std::is_same_v<T, float>);
         GradientTile<T>::multiply_float(d[p][m], second, v2, std::is_same_v<T, float>);
       }
