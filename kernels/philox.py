@@ -58,7 +58,11 @@ def directions(first, elements, numel, k0, k1, o0, o1, COUNT: tl.constexpr, GAUS
     """
     if GAUSSIAN:
         block = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.int64)
-        return normals(elements[:, None] + block[None, :] * numel, k0, k1, o0, o1)
+        w0, w1, w2, w3 = blocks(block[:, None] * numel + elements[None, :], k0, k1, o0, o1)
+        z0, z1 = box_muller(w0, w1)
+        z2, z3 = box_muller(w2, w3)
+        fours = tl.permute(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (0, 2, 3, 1))
+        return tl.trans(tl.reshape(fours, (COUNT, elements.shape[0])))  # elements together: tf32 of tl.dot needs them so
     else:
         w0, w1, w2, w3 = blocks(elements + tl.cast(first // 128, tl.int64) * numel, k0, k1, o0, o1)
         at = first // 32 % 4

@@ -90,9 +90,9 @@ def _lookup_random(
     tl.store(out + i * k + j, tl.sum(acc, 0), mask=j < k)
 
 
-def _directions(k: int, gaussian: bool) -> int:
-    """Of a tile: as many as a call serves, but normals take registers."""
-    return 32 if gaussian else launch.power_of_2(k, 32, 128)
+def _directions(k: int, gaussian: bool, itemsize: int = 2) -> int:
+    """Of a tile: as many as a call serves, but for the registers that normals take, or a product of float32."""
+    return 32 if gaussian else launch.power_of_2(k, 32, 128 if itemsize == 2 else 64)
 
 
 @launch.on_device
@@ -112,7 +112,8 @@ def _drawn(shape: Layer, s: Side, k: int, volume: int, seed: int, offset: int, k
     if 0 in (s.n, s.t, k, shape.d_in, shape.d_out):
         return s.a.new_zeros(s.n, k, dtype=torch.float32)
     size, gaussian = shape.groups * shape.d_in * shape.d_out, kind == "gaussian"
-    dtype, wide = tiles.scratch_dtype(s.a.dtype), _directions(k, gaussian)
+    dtype = tiles.scratch_dtype(s.a.dtype)
+    wide = _directions(k, gaussian, dtype.itemsize)
     many = s.n > 64 and dtype.itemsize == 2
     cfg = MANY if many else tune.config(f"random_{kind}", (NORMALS if gaussian else SIGNS)[dtype.itemsize], str(dtype))
 
@@ -138,10 +139,11 @@ def project_random_embedding(
     wide = _directions(k, gaussian)
     if s.n * cdiv(k, wide) < 2 * launch.processors(b):  # programs: rather draw more than leave the device idle
         wide = 32
-    block = launch.power_of_2(d, 1, 64)
+    tile = 32 if gaussian else 64
+    block = launch.power_of_2(d, 1, tile)
     _lookup_random[(s.n, cdiv(k, wide))](
         ids.contiguous(), s.b, out, s.t, d, k, num_embeddings * d, s.b_sample, s.b_position, padding_idx, *philox.key(seed, offset),
-        GAUSSIAN=gaussian, ROWS=64 // block, BLOCK=block, BN=wide, num_warps=8 if gaussian else 4,
+        GAUSSIAN=gaussian, ROWS=tile // block, BLOCK=block, BN=wide, num_warps=8 if gaussian else 4,
     )  # fmt: skip
     return out
 

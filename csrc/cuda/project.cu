@@ -5,7 +5,7 @@
 // column g of its product p is direction 4g + p of them, so that a lane's column of the four products is one quadruple of normals,
 // or four neighbouring bits of the warp's word; its four elements of a fragment follow one another in the weight (the order of a
 // sum's terms is free). Words are drawn by all threads beside the gradients, two calls an element for 256 directions, and stand in
-// shared memory; normals are drawn by each lane for itself, one call for the four products. Every split of the weight tiles writes a
+// shared memory; normals are drawn by each lane for itself, one call for its products. Every split of the weight tiles writes a
 // partial result; a second kernel adds them in order.
 //
 // FLOPs: ⌈k/256⌉·2n·t·d_in·d_out + 2n·⌈k/32⌉·32·d_in·d_out. Integer work for each block of samples, an element and a direction: a sign
@@ -47,29 +47,27 @@ template <class T> struct Right {
   static EF_DEVICE uint32_t pair(float low, float high) { return (uint32_t)narrow<Bf16>(high).bits << 16 | narrow<Bf16>(low).bits; }
 };
 
-// d (kProducts, 64, 8) += rows (64 × 16 columns from `column`) · right
-template <class T>
-EF_DEVICE void multiply(float (&d)[kProducts][4][4], const unsigned char* rows, int column, const Right<T> (&right)[kProducts], int lane) {
+// products whose tile sums are in registers together: of float32, whose factors are two tf32 each, all four would spill
+template <class T> constexpr int kAtOnce = std::is_same_v<T, float> ? 2 : kProducts;
+
+// d (N, 64, 8) += rows (64 × 16 columns from `column`) · right
+template <class T, int N>
+EF_DEVICE void multiply(float (&d)[N][4][4], const unsigned char* rows, int column, const Right<T> (&right)[N], int lane) {
   using Kept = typename GradientTile<T>::Kept;
-  const unsigned char* from = rows + lane / 4 * kPitch + (column + lane % 4 * 4) * sizeof(Kept);
-  if constexpr (Right<T>::kPairs) {
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const unsigned char *low = from + m * 16 * kPitch, *high = low + 8 * kPitch;
+  for (int m = 0; m < 4; ++m) {
+    const unsigned char *low = rows + (m * 16 + lane / 4) * kPitch + (column + lane % 4 * 4) * sizeof(Kept), *high = low + 8 * kPitch;
+    if constexpr (Right<T>::kPairs) {
       const uint2 x = *reinterpret_cast<const uint2*>(low), y = *reinterpret_cast<const uint2*>(high);
       const uint32_t left[4] = {x.x, y.x, x.y, y.y};
 #pragma unroll
-      for (int p = 0; p < kProducts; ++p) ptx::mma_bf16(d[p][m], left, right[p].x);
-    }
-  } else {
+      for (int p = 0; p < N; ++p) ptx::mma_bf16(d[p][m], left, right[p].x);
+    } else {
+      const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
+      const float first[4] = {x.x, y.x, x.y, y.y}, second[4] = {x.z, y.z, x.w, y.w};
 #pragma unroll
-    for (int p = 0; p < kProducts; ++p) {  // outside: two tf32 of each right factor at once would spill
-      const float v[2] = {right[p].x[0], right[p].x[1]}, v2[2] = {right[p].x[2], right[p].x[3]};
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const unsigned char *low = from + m * 16 * kPitch, *high = low + 8 * kPitch;
-        const float4 x = *reinterpret_cast<const float4*>(low), y = *reinterpret_cast<const float4*>(high);
-        const float first[4] = {x.x, y.x, x.y, y.y}, second[4] = {x.z, y.z, x.w, y.w};
+      for (int p = 0; p < N; ++p) {
+        const float v[2] = {right[p].x[0], right[p].x[1]}, v2[2] = {right[p].x[2], right[p].x[3]};
         GradientTile<T>::multiply_float(d[p][m], first, v, std::is_same_v<T, float>);
         GradientTile<T>::multiply_float(d[p][m], second, v2, std::is_same_v<T, float>);
       }
@@ -106,32 +104,37 @@ __global__ void __launch_bounds__(kWarps * 32, 1) project_random(Side<T> x, int6
       for (int i = 0; i < 4; ++i) words[(block * 4 + i) * G::WIDTH + e] = w[i];
     }
     __syncthreads();  // the tiles of all samples and the words are there
-    if (j < k) {      // the same for the whole warp
+    if (j < k) {  // the same for the whole warp
+      constexpr int N = kAtOnce<T>;
       const int tall = (int)min(d_out - o0, (int64_t)G::O), quad = lane / 4;
-      float d[kProducts][4][4] = {};  // a tile's sum apart, so that no float32 sum is long
-      for (int o = 0; o < tall; ++o) {
-        Right<T> right[kProducts];
-        if (gaussian) {
-          const int64_t block = (j / 4 + quad) * size + (o0 + o) * d_in + i0 + lane % 4 * 4;
-          float z[4][4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) normal_block((uint64_t)(block + e), stream.seed, stream.offset, z[e]);
+      for (int p0 = 0; p0 < kProducts; p0 += N) {
+        float d[N][4][4] = {};  // a tile's sum apart, so that no float32 sum is long
+        for (int o = 0; o < tall; ++o) {
+          Right<T> right[N];
+          if (gaussian) {
+            const int64_t block = (j / 4 + quad) * size + (o0 + o) * d_in + i0 + lane % 4 * 4;
+            float z[4][4];
 #pragma unroll
-          for (int p = 0; p < kProducts; ++p) right[p].from_values(z[0][p], z[1][p], z[2][p], z[3][p]);
-        } else {
-          const uint4 all = *reinterpret_cast<const uint4*>(words + warp * G::WIDTH + o * G::I + lane % 4 * 4);
-          const uint32_t w[4] = {all.x << (28 - 4 * quad), all.y << (28 - 4 * quad), all.z << (28 - 4 * quad), all.w << (28 - 4 * quad)};
+            for (int e = 0; e < 4; ++e) normal_block((uint64_t)(block + e), stream.seed, stream.offset, z[e]);
 #pragma unroll
-          for (int p = 0; p < kProducts; ++p) right[p].from_bits(w, p);
+            for (int p = 0; p < N; ++p) right[p].from_values(z[0][p0 + p], z[1][p0 + p], z[2][p0 + p], z[3][p0 + p]);
+          } else {
+            const uint4 all = *reinterpret_cast<const uint4*>(words + warp * G::WIDTH + o * G::I + lane % 4 * 4);
+            const int up = 28 - 4 * quad;
+            const uint32_t w[4] = {all.x << up, all.y << up, all.z << up, all.w << up};
+#pragma unroll
+            for (int p = 0; p < N; ++p) right[p].from_bits(w, p0 + p);
+          }
+          multiply<T, N>(d, rows, o * G::I, right, lane);  // columns beyond d_in are zero in the rows
         }
-        multiply<T>(d, rows, o * G::I, right, lane);  // columns beyond d_in are zero in the rows
+#pragma unroll
+        for (int p = 0; p < N; ++p)
+#pragma unroll
+          for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[p0 + p][m][e] += d[p][m][e];
       }
-#pragma unroll
-      for (int p = 0; p < kProducts; ++p)
-#pragma unroll
-        for (int m = 0; m < 4; ++m)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[p][m][e] += d[p][m][e];
     }
     __syncthreads();  // and have been read
   }
