@@ -45,7 +45,7 @@ class Run:
         self.tests = measured_sets(test, device)
         own = None if loss is sample_cross_entropy else loss
         for name in NAMES:
-            check_samples(model, getattr(self.data, name), own, classes=own is None or self.tests is None)
+            check_samples(model, getattr(self.data, name), own, classes=own is None or self.tests is None, trains=True)
         for samples in (self.tests or {}).values():
             check_samples(model, samples, None, classes=True)
         self.model, self.method, self.test, self.seed = model, method, test, seed

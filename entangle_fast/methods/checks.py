@@ -26,11 +26,12 @@ def check_parameters(model: nn.Module) -> None:
             raise ValueError(f"model: parameter {name!r} holds NaN or infinite values; load weights that are finite")
 
 
-def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, classes: bool) -> None:
+def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, classes: bool, trains: bool = False) -> None:
     """Put two samples of a set through model, loss and augmentation: shapes go together, labels are in range, and what has to have a
     gradient has one.
 
     loss: where it is the user's own.  classes: labels must be class indices, for the default loss or for accuracies.
+    trains: the model is trained on them, so that its output needs a gradient.
     The labels of tensors are looked at one and all, those of a Dataset as far as they are read.
 
     Raises ValueError and TypeError naming the set, the model, the loss or augment.
@@ -46,7 +47,7 @@ def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, class
         except CALLERS as error:
             raise ValueError(f"{name}: the model cannot take {x.dtype} samples of shape {tuple(x.shape[1:])}: {error}; "
                              "give them as it was trained on") from error  # fmt: skip
-        if isinstance(output, Tensor) and not output.requires_grad:
+        if trains and isinstance(output, Tensor) and not output.requires_grad:
             raise ValueError("model: its output depends on none of its trainable parameters, or runs under torch.no_grad or .detach(); "
                              "needs one that a gradient flows through")  # fmt: skip
     if classes:

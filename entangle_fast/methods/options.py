@@ -13,8 +13,8 @@ _NUMBERS = {"float": (float, numbers.Real, "a number"), "int": (int, numbers.Int
 
 
 def named(cls: type) -> type:
-    """The dataclass, whose __init__ raises TypeError for what is none of its options, naming the nearest, and for a kind that it cannot
-    use; whole numbers serve where a float is meant."""
+    """The dataclass, whose __init__ raises TypeError for what is none of its options, naming the nearest, and for what is no number where
+    one is needed, ValueError for a share where a whole one is; whole numbers serve where a float is meant."""
     fields = {f.name: f.type for f in dataclasses.fields(cls) if f.init}
     init = cls.__init__
 
@@ -38,7 +38,9 @@ def _number(name: str, annotation: str, x):
     if kind not in _NUMBERS or (optional == ["None"] and x is None):
         return x
     make, fits, needs = _NUMBERS[kind]
-    if isinstance(x, bool) or not isinstance(x, fits):
-        got = f"{x!r}" if isinstance(x, numbers.Real) else type(x).__name__
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        got = repr(x) if isinstance(x, bool) else type(x).__name__
         raise TypeError(f"{name}: got {got}; needs {needs}{': give .item()' if isinstance(x, Tensor) else ''}")
+    if not isinstance(x, fits):
+        raise ValueError(f"{name}: got {x}; needs {needs}")
     return x if type(x) in (int, float) else make(x)  # numpy's as Python's: they go into config.toml

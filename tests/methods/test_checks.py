@@ -13,8 +13,8 @@ X, Y = sets()["adjacent"]
 HOT = nn.functional.one_hot(Y, 4)
 
 
-def check(data, loss=None, classes=True, model=None):
-    check_samples(net() if model is None else model, SampleSet("adjacent", data, "cpu", 0), loss, classes)
+def check(data, loss=None, classes=True, model=None, trains=True):
+    check_samples(net() if model is None else model, SampleSet("adjacent", data, "cpu", 0), loss, classes, trains)
 
 
 @pytest.mark.parametrize("wrap", [lambda x, y: (x, y), TensorDataset])
@@ -108,6 +108,7 @@ def test_a_model_that_lets_no_gradient_through():
     for loss in (None, ce):
         with pytest.raises(ValueError, match="model: its output depends on none of its trainable parameters, or runs under torch.no_grad"):
             check((X, Y), loss=loss, model=Dark())
+    check((X, Y), model=Dark(), trains=False)  # to measure on
 
 
 def needs_three(x, generator, strength):
