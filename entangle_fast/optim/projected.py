@@ -140,7 +140,7 @@ class Projected(torch.optim.Optimizer):
 
         Options of groups come with it, as in torch; ridge, project and seed, which are of all groups, do not. That of torch.optim.SGD
         or AdamW is taken too, unless it holds what would step otherwise here: nesterov, dampening, maximize, amsgrad, or a decay that
-        is not decoupled. A parameter without state begins anew.
+        is not decoupled. RAdam's and Muon's, which look alike, are refused. A parameter without state begins anew.
         """
         state_dict = copy.copy(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
