@@ -289,4 +289,8 @@ def _mend(data) -> str:
     if isinstance(data, Mapping) and data:
         return f": give one of its entries, {', '.join(map(repr, list(data)[:3]))}"
     arrays = [hasattr(part, "__array__") and not isinstance(part, Tensor) for part in (data if isinstance(data, (tuple, list)) else [data])]
-    return ": torch.from_numpy(...)" if any(arrays) else ""
+    if any(arrays):
+        return ": torch.from_numpy(...)"
+    pairs = isinstance(data, list) and len(data) > 0 and all(isinstance(part, (tuple, list)) and len(part) == 2 for part in data)
+    lists = isinstance(data, tuple) and any(isinstance(part, list) for part in data)
+    return ": torch.stack the x, torch.tensor(...) of the y, as a pair" if pairs else ": torch.tensor(...) of a list" if lists else ""

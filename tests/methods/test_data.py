@@ -231,3 +231,12 @@ def test_a_sample_that_cannot_be_read_is_named():
 def test_sets_by_name_where_one_is_needed():
     with pytest.raises(ValueError, match="data: got dict; .*: give one of its entries, 'forget', 'adjacent', 'remote'"):
         SampleSet("data", sets(), "cpu")
+
+
+@pytest.mark.parametrize("given, mend", [
+    ([(torch.zeros(2), 0)] * 3, "got list; .* Dataset: torch.stack the x, torch.tensor..... of the y, as a pair$"), ([1, 2, 3], "Dataset$"),
+    ([], "Dataset$"), ((torch.zeros(3, 2), [0, 0, 0]), "got tuple of Tensor and list; .* Dataset: torch.tensor..... of a list$"),
+])  # fmt: skip
+def test_lists_say_how_to_make_tensors_of_them(given, mend):
+    with pytest.raises(ValueError, match=f"forget: .*{mend}"):
+        SampleSet("forget", given, "cpu")
