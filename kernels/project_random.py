@@ -139,11 +139,10 @@ def project_random_embedding(
     wide = _directions(k, gaussian)
     if s.n * cdiv(k, wide) < 2 * launch.processors(b):  # programs: rather draw more than leave the device idle
         wide = 32
-    tile = 32 if gaussian else 64
-    block = launch.power_of_2(d, 1, tile)
+    block = launch.power_of_2(d, 1, 64)
     _lookup_random[(s.n, cdiv(k, wide))](
         ids.contiguous(), s.b, out, s.t, d, k, num_embeddings * d, s.b_sample, s.b_position, padding_idx, *philox.key(seed, offset),
-        GAUSSIAN=gaussian, ROWS=tile // block, BLOCK=block, BN=wide, num_warps=8 if gaussian else 4,
+        GAUSSIAN=gaussian, ROWS=64 // block, BLOCK=block, BN=wide, num_warps=8 if gaussian else 4,
     )  # fmt: skip
     return out
 

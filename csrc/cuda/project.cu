@@ -36,7 +36,8 @@ template <class T> struct Right {
   EF_DEVICE void from_bits(const uint32_t (&w)[4], int p) {
     if constexpr (kPairs) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) x[h] = ((w[2 * h] >> 16 | (w[2 * h + 1] & 0xFFFF0000u)) << (3 - p) & 0x80008000u) | 0x3F803F80u;
+      for (int h = 0; h < 2; ++h)  // both upper halves side by side
+        x[h] = (__byte_perm(w[2 * h], w[2 * h + 1], 0x7632) << (3 - p) & 0x80008000u) | 0x3F803F80u;
     } else {
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[e] = bits_as<float>((w[e] << (3 - p) & 0x80000000u) | 0x3F800000u);

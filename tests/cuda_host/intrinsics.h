@@ -23,6 +23,13 @@ inline void __threadfence(cuda_host::Where w = cuda_host::Where::current()) {
 }
 inline void __threadfence_block() {}
 
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t both = (uint64_t)y << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++) out |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
+
 template <class T>
 T __shfl_sync(uint32_t mask, T v, int source, int width = 32, cuda_host::Where w = cuda_host::Where::current()) {
   int l = cuda_host::lane();
