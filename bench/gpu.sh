@@ -30,8 +30,10 @@
 #                        launch__cluster_max_active of 4 blocks far below 33: multiprocessors idle   many <= 2
 #                        below, with tensor < 60: 18 to 36 launches wait for each other   programmatic dependent launch
 #   gram rows            64 FLOP a byte of L2, 350 TFLOP/s at 5.5 TB/s: 1.2 ms where 5× the loop would be 0.6   clusters: not Triton
-#   project_random       4 signs a Philox call, about 34 integer instructions a sign: sm__inst_executed_pipe_alu, _fma
-#                        128 signs a call: reference/philox.py's sign and all its copies
+#   project_random       by count, n 128 t 196 768² k 512, H100 (2x of materialise-then-project would be about 0.17 ms):
+#                        triton: 37 k programs' rounds of 312 instructions a thread, 0.10 ms, beside forming, 30 GF through L2
+#                        cuda: 106 instructions for 16 mma.sync, 0.14 ms, and gradients formed ceil(k/256) = 2 times, 59 GF:
+#                        sm__inst_issued.avg.pct_of_peak_sustained_active > 80   wgmma with signs in shared memory, 512 directions a block
 #   linear_sample_loss   4 products of n·t·d·V where Liger has 3: its speed is out of reach, 3/4 is the limit
 #   step_update, triton  44 registers, so 4 waits for DRAM a block of 1024: smsp__average_warp_latency_issue_stalled_long_scoreboard
 #                        multi.WAVES 8 → 11, or 2 blocks' loads at once

@@ -71,7 +71,9 @@ def directions(first, elements, numel, k0, k1, o0, o1, COUNT: tl.constexpr, GAUS
         elif COUNT == 64:
             words = tl.interleave(tl.where(at == 0, w0, w2), tl.where(at == 0, w1, w3))
         else:
-            words = tl.where(at < 2, tl.where(at == 0, w0, w1), tl.where(at == 2, w2, w3))
+            # a sum: of a choice Triton makes one in each thread that needs it, with all of Philox before it
+            fours = tl.reshape(in_order(w0, w1, w2, w3), (elements.shape[0], 4))
+            words = tl.sum(tl.where((tl.arange(0, 4) == at)[None, :], fours, 0), 1)
         turned = words[:, None] << (31 - tl.arange(0, 32)).to(tl.uint32)[None, :]  # each direction's bit on top
         signs = ((turned & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
         return tl.reshape(signs, (elements.shape[0], COUNT))

@@ -148,8 +148,10 @@ template <class T> void contract_drawn(const Gradients<T>& x, const RandomGradie
     uint32_t* words = (uint32_t*)scratch(Slot::other_panels, blocks * 4 * s.cells * sizeof(uint32_t));
     torch::stable::parallel_for(0, (s.last - s.first) * blocks, 1, [&](int64_t begin, int64_t end) {
       void* work = scratch(Slot::work, y.work());
-      for (int64_t q = begin; q < end; ++q)
-        y.draw(y.first / 128 + q % blocks, y.pieces[s.first + q / blocks], words + q % blocks * 4 * s.cells + start[q / blocks], s.cells, work);
+      for (int64_t q = begin; q < end; ++q) {
+        const int64_t piece = q / blocks, block = q % blocks;
+        y.draw(y.first / 128 + block, y.pieces[s.first + piece], words + block * 4 * s.cells + start[piece], s.cells, work);
+      }
     });
     torch::stable::parallel_for(0, (m + k.width - 1) / k.width, 1, [&](int64_t begin, int64_t end) {
       T* right = (T*)scratch(Slot::rows, kDrawn * k.width * sizeof(T));
