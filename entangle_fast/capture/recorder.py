@@ -187,6 +187,10 @@ class Recorder:
         if self.stream is not None:
             self.stream.arrived(self, use.source)
 
+    def drop(self) -> None:
+        """Nobody can ask any more."""
+        self.uses, self._versions, self.stream = [], [], None
+
     def run(self, losses: Tensor) -> None:
         """The one backward."""
         self.begun = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,7 @@ class Tape:
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
         self.names, self.params = recorder.names, recorder.params
+        weakref.finalize(self, recorder.drop)  # the losses' graph holds the recorder, and may outlive the tape
 
     @property
     def n(self) -> int | None:

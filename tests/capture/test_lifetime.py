@@ -28,6 +28,18 @@ def test_factors_are_freed_with_the_tape(stream):
         gc.enable()
 
 
+@pytest.mark.parametrize("stream", [(), ("gram",)])
+def test_losses_that_outlive_the_tape_hold_no_factors(stream):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    with ef.capture(model) as tape:
+        losses = model(torch.randn(7, 1, 10, 10)).square().sum(1)
+    tape.backward(losses, stream=stream)
+    held = [factor.b for _, factor in tape._recorder.uses if hasattr(factor, "b")] or [tape.gram()]
+    seen = [weakref.ref(x) for x in held]
+    del tape, held
+    assert losses.requires_grad and not any(x() is not None for x in seen)
+
+
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_a_backward_where_gradients_are_off(off):
     model, x = torch.nn.Linear(4, 1), torch.randn(3, 4)
