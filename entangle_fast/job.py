@@ -77,9 +77,12 @@ def _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every)
     ):
         if not fits:
             raise TypeError(f"{name}: got {type(x).__name__}; needs {needs}")
-    for name, steps in (("checkpoint_every", checkpoint_every), ("eval_every", eval_every)):
-        if steps < 0:
-            raise ValueError(f"{name}: got {steps}; needs a number of steps >= 0")
+    for name, count, needs in (
+        ("seed", seed, "a whole number"), ("checkpoint_every", checkpoint_every, "a number of steps"),
+        ("eval_every", eval_every, "a number of steps"),
+    ):  # fmt: skip
+        if count < 0:
+            raise ValueError(f"{name}: got {count}; needs {needs} >= 0")
     if torch.is_inference_mode_enabled():
         raise ValueError("model: unlearning under torch.inference_mode, where nothing has a gradient; call it outside")
 

@@ -155,10 +155,11 @@ def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     require(value in known, f"{name}: got {value!r}; needs one of {', '.join(map(repr, known))}")
 
 
-def directions(k: int, seed: int, kind: str) -> None:
+def directions(k: int, seed: int, kind: str, offset: int = 0) -> None:
     """Random directions."""
     require(k >= 0, f"k: got {k}; needs a number of directions >= 0")
-    require(-(2**63) <= seed < 2**63, f"seed: got {seed}; needs an integer of 64 bits, in [-2**63, 2**63)")
+    for name, x in (("seed", seed), ("offset", offset)):  # 2**63 itself: no tensor compares with it
+        require(-(2**63) <= x <= 2**63 - 1, f"{name}: got {x}; needs an integer of 64 bits, in [-2**63, 2**63)")
     choice("kind", kind, ("sign", "gaussian"))
 
 

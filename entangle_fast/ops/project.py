@@ -77,7 +77,7 @@ def project_random(a: Tensor, b: Tensor, k: int, *, seed: int, offset: int = 0, 
     True
     """
     check.factors(a, b)
-    check.directions(k, seed, kind)
+    check.directions(k, seed, kind, offset)
     return call("project_random", a, b, k, seed, offset, kind)
 
 
@@ -95,7 +95,7 @@ def project_random_conv(
     project_conv(x, g, D, stride=stride, padding=padding, dilation=dilation, groups=groups)`` for "sign" and a weight of that shape
     """
     shape = check.conv_arguments(x, g, kernel_size, stride, padding, dilation, groups)
-    check.directions(k, seed, kind)
+    check.directions(k, seed, kind, offset)
     return call("project_random_conv", x, g, k, *shape, groups, seed, offset, kind)
 
 
@@ -111,7 +111,7 @@ def project_random_embedding(
     torch.einsum("ntd,kntd->nk", b, D[:, ids].to(b.dtype))`` for "sign" without padding_idx
     """
     check.lookup(ids, b)
-    check.directions(k, seed, kind)
+    check.directions(k, seed, kind, offset)
     check.in_table(ids, num_embeddings)
     padding = check.padding(padding_idx)
     return call("project_random_embedding", ids, b, k, num_embeddings, seed, offset, kind, padding)

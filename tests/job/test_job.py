@@ -128,9 +128,11 @@ def test_few_steps_are_told(capsys):
         assert "few steps" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["eval_every", "checkpoint_every"])
-def test_steps_below_zero(name):
-    with pytest.raises(ValueError, match=f"^{name}: got -1; needs a number of steps >= 0"):
+@pytest.mark.parametrize("name, needs", [
+    ("eval_every", "a number of steps"), ("checkpoint_every", "a number of steps"), ("seed", "a whole number"),
+])  # fmt: skip
+def test_numbers_below_zero(name, needs):
+    with pytest.raises(ValueError, match=f"^{name}: got -1; needs {needs} >= 0"):
         go(**{name: -1})
 
 

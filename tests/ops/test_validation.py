@@ -80,6 +80,7 @@ BAD = {
     "project: k": (lambda: ops.project_random(r(4, 3), r(4, 2), -1, seed=0), "k"),
     "project: kind": (lambda: ops.project_random(r(4, 3), r(4, 2), 1, seed=0, kind="rademacher"), "kind"),
     "project: seed": (lambda: ops.project_random(r(4, 3), r(4, 2), 1, seed=2**63), "seed"),
+    "project: offset": (lambda: ops.project_random(r(4, 3), r(4, 2), 1, seed=0, offset=2**63), "offset"),
     "random conv: k": (lambda: ops.project_random_conv(r(4, 3, 5), r(4, 2, 3), -1, 3, seed=0), "k"),
     "random conv: kind": (lambda: ops.project_random_conv(r(4, 3, 5), r(4, 2, 3), 1, 3, seed=0, kind="normal"), "kind"),
     "random conv: size": (lambda: ops.project_random_conv(r(4, 3, 5), r(4, 2, 4), 1, 3, seed=0), "g"),
