@@ -26,6 +26,7 @@ def check_parameters(model: nn.Module) -> None:
             raise ValueError(f"model: parameter {name!r} holds NaN or infinite values; load weights that are finite")
 
 
+@torch.random.fork_rng(devices=[])  # models, losses and augmentations may draw
 def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, classes: bool, trains: bool = False) -> None:
     """Put two samples of a set through model, loss and augmentation: shapes go together, labels are in range, and what has to have a
     gradient has one.
@@ -111,12 +112,11 @@ def _first_two(function: Callable) -> list[str]:
 
 def _check_augment(model: nn.Module, augment: Callable, x: Tensor, name: str) -> None:
     needs = "needs a function (x, generator) → x, as tasks.RandomShift is"
-    with torch.random.fork_rng(devices=[]):  # one that draws without the generator
-        try:
-            found = augment(x, torch.Generator().manual_seed(0))
-        except CALLERS as error:
-            raise ValueError(f"augment: raised {type(error).__name__} when called as augment(x, generator) with {_said(x)}: {error}; "
-                             f"{needs}") from error  # fmt: skip
+    try:
+        found = augment(x, torch.Generator().manual_seed(0))
+    except CALLERS as error:
+        raise ValueError(f"augment: raised {type(error).__name__} when called as augment(x, generator) with {_said(x)}: {error}; "
+                         f"{needs}") from error  # fmt: skip
     if not isinstance(found, Tensor):
         raise TypeError(f"augment: gave a {type(found).__name__}; {needs}")
     if found.dim() == 0 or len(found) != len(x):

@@ -134,3 +134,10 @@ def test_an_augmentation_is_tried_without_a_trace():
     state, before = torch.get_rng_state(), X.clone()
     check_samples(model, SampleSet("adjacent", (X, Y), "cpu", 0, lambda x, g: x.add_(torch.rand(()))), None, True)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(X, before)
+
+
+def test_what_draws_random_numbers_is_tried_without_a_trace():
+    model, state = net(), torch.get_rng_state()
+    model.register_forward_hook(lambda module, args, output: output + torch.rand(()))
+    check((X, Y), loss=lambda output, y: ce(output, y) + torch.rand(()), model=model)
+    assert torch.equal(torch.get_rng_state(), state)
