@@ -188,8 +188,8 @@ class Recorder:
             self.stream.arrived(self, use.source)
 
     def drop(self) -> None:
-        """Nobody can ask any more."""
-        self.uses, self._versions, self.stream = [], [], None
+        """The tape is gone; a copy of it says that its factors are missing."""
+        self.uses, self._versions, self.stream, self.finished = [], [], None, False
 
     def run(self, losses: Tensor) -> None:
         """The one backward."""

@@ -33,8 +33,9 @@ class ProjectedAdamW(Projected):
         noise: standard deviation added to every parameter in each step; of group i from Philox stream (seed + i·2³², count of
             steps + j·2³²), j being where the first parameter with this count stands in its group.
 
-    A gradient or a direction that is not finite makes the whole step NaN, all parameters and moments with it, from which no later step
-    recovers: nothing is left out or skipped in silence, and the host does not wait to look. Look at the gradients before.
+    Where a step solves for its coefficients, a gradient or a direction that is not finite makes the whole step NaN, all parameters and
+    moments with it; without directions, as in torch, the elements that it meets. No later step recovers, nothing is left out or skipped
+    in silence, and the host does not wait to look: look at the gradients before.
 
     Counts of steps, one for the parameters of a group that have always been stepped together, stand on the device: a captured
     CUDA graph counts on when it is replayed, in the bias corrections and in the noise.

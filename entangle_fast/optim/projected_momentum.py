@@ -24,8 +24,9 @@ class ProjectedMomentum(Projected):
         ridge: added to the k×k Gram, in its own units; the authors add 1e-8 once per parameter tensor.
         project: "momentum" (above, the authors'), all groups having one momentum then; or "gradient": v ← m v + (g − P_V g).
 
-    A gradient, a direction or a momentum that is not finite makes the whole step NaN, all parameters and v with it: nothing is left
-    out or skipped in silence, and the host does not wait to look. ``check=`` of a step sees the Gram before anything is changed.
+    Where a step solves for its coefficients, a gradient, a direction or a projected momentum that is not finite makes the whole step
+    NaN, all parameters and v with it; without directions, as in torch, the elements that it meets. Nothing is left out or skipped in
+    silence, and the host does not wait to look: ``check=`` of a step sees the Gram before anything is changed.
 
     An Adam-type preconditioner after the projection turns the update partly back into the span: see ProjectedAdamW.
 

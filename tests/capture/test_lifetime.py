@@ -1,5 +1,6 @@
 """Factors live as long as their tape: a cycle would hold them until the collector happens to run."""
 
+import copy
 import gc
 import weakref
 
@@ -36,8 +37,11 @@ def test_losses_that_outlive_the_tape_hold_no_factors(stream):
     tape.backward(losses, stream=stream)
     held = [factor.b for _, factor in tape._recorder.uses if hasattr(factor, "b")] or [tape.gram()]
     seen = [weakref.ref(x) for x in held]
+    other = copy.copy(tape)
     del tape, held
     assert losses.requires_grad and not any(x() is not None for x in seen)
+    with pytest.raises(ef.CaptureError, match="factors are missing"):
+        other.gram()
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
