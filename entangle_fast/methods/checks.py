@@ -13,6 +13,7 @@ from .process import Loss, per_sample
 from .training import in_mode
 
 CALLERS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)  # what misused code of the caller's raises
+TRIED = 16  # samples: mixing augmentations and losses over pairs need more than one or two
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -28,7 +29,7 @@ def check_parameters(model: nn.Module) -> None:
 
 @torch.random.fork_rng(devices=[])  # models, losses and augmentations may draw
 def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, classes: bool, trains: bool = False) -> None:
-    """Put two samples of a set through model, loss and augmentation: shapes go together, labels are in range, and what has to have a
+    """Put a few samples of a set through model, loss and augmentation: shapes go together, labels are in range, and what has to have a
     gradient has one.
 
     loss: where it is the user's own.  classes: labels must be class indices, for the default loss or for accuracies.
@@ -38,7 +39,7 @@ def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, class
     Raises ValueError and TypeError naming the set, the model, the loss or augment.
     """
     name = samples.name
-    x, y = samples.take(torch.arange(min(2, len(samples))))
+    x, y = samples.take(torch.arange(min(TRIED, len(samples))))
     labels = samples.tensors[1] if samples.tensors else y
     if classes:
         _check_kind(name, labels)

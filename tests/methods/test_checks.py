@@ -34,7 +34,7 @@ def test_labels(y, message, wrap):
 
 def test_labels_are_free_where_the_loss_is_the_users_own():
     check((X, HOT.float()), loss=lambda output, y: (output.softmax(1) - y).square().sum(1), classes=False)
-    with pytest.raises(ValueError, match="loss: gave shape .. for 2 samples"):
+    with pytest.raises(ValueError, match="loss: gave shape .. for 16 samples"):
         check((X, HOT.float()), loss=lambda output, y: (output.softmax(1) - y).square().mean(), classes=False)
 
 
@@ -49,10 +49,10 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("wrap, got", [
     (lambda y: (y, None), "tuple"), (lambda y: {"logits": y}, "dict"),
-    (lambda y: y[:, 0], r"shape \(2,\)"), (lambda y: y[:, None], "shape"),
+    (lambda y: y[:, 0], r"shape \(16,\)"), (lambda y: y[:, None], "shape"),
 ])  # fmt: skip
 def test_a_model_that_gives_no_logits(wrap, got):
-    with pytest.raises(ValueError, match=f"model: gives {got}.* for 2 samples; needs logits .n, classes."):
+    with pytest.raises(ValueError, match=f"model: gives {got}.* for 16 samples; needs logits .n, classes."):
         check((X, Y), model=Wrapped(wrap))
 
 
@@ -70,16 +70,16 @@ SWAP = "it is called as loss.output, y.: give lambda output, y: loss.y, output."
 @pytest.mark.parametrize("loss, error, message", [
     (lambda output, y: ce(output, y).detach(), ValueError, "loss: gave losses without a gradient; .* no .detach.., .item.., numpy"),
     (lambda output, y: ce(output.detach(), y), ValueError, "loss: gave losses without a gradient"),
-    (lambda output, y: ce(output, y).detach().numpy(), TypeError, "loss: gave a ndarray for 2 samples; .*: compute it with torch"),
-    (lambda output, y: ce(output, y).mean().item(), TypeError, "loss: gave a float for 2 samples; .*: use reduction='none', and no .item"),
-    (lambda output, y: ce(output, y).tolist(), TypeError, "loss: gave a list for 2 samples; needs a tensor .2,., one loss per sample"),
-    (lambda output, y: None, TypeError, "loss: gave a NoneType for 2 samples; .*: return it"),
-    (lambda output, y: ce(output, y).mean(), ValueError, r"loss: gave shape \(\) for 2 samples; needs one per sample, \(2,\), not reduced"),
-    (nn.CrossEntropyLoss(), ValueError, r"loss: gave shape \(\) for 2 samples"),
-    (lambda output, y: output, ValueError, r"loss: gave shape \(2, 4\) for 2 samples"),
+    (lambda output, y: ce(output, y).detach().numpy(), TypeError, "loss: gave a ndarray for 16 samples; .*: compute it with torch"),
+    (lambda output, y: ce(output, y).mean().item(), TypeError, "loss: gave a float for 16 samples; .*: use reduction='none', and no .item"),
+    (lambda output, y: ce(output, y).tolist(), TypeError, "loss: gave a list for 16 samples; needs a tensor .16,., one loss per sample"),
+    (lambda output, y: None, TypeError, "loss: gave a NoneType for 16 samples; .*: return it"),
+    (lambda output, y: ce(output, y).mean(), ValueError, r"loss: gave shape \(\) for 16 samples; needs one per sample, \(16,\), not reduced"),
+    (nn.CrossEntropyLoss(), ValueError, r"loss: gave shape \(\) for 16 samples"),
+    (lambda output, y: output, ValueError, r"loss: gave shape \(16, 4\) for 16 samples"),
     (lambda a, b: ce(b, a), ValueError, f"loss: serves as loss.y, output. only, but {SWAP}"),
     (lambda labels, logits: (logits - labels[:, None]).square().sum(1), ValueError, f"loss: its arguments are .labels, logits., {SWAP}"),
-    (raising, ValueError, r"loss: raised KeyError when called as .* with \(2, 4\) torch.float32 and \(2,\) torch.int64: 'mine'"),
+    (raising, ValueError, r"loss: raised KeyError when called as .* with \(16, 4\) torch.float32 and \(16,\) torch.int64: 'mine'"),
     (lambda output: output.sum(1), ValueError, "loss: raised TypeError when called as loss.output, y."),
 ])  # fmt: skip
 def test_a_loss_that_is_none(loss, error, message):
@@ -116,13 +116,13 @@ def needs_three(x, generator, strength):
 
 
 @pytest.mark.parametrize("augment, error, message", [
-    (lambda x: x, ValueError, r"augment: raised TypeError when called as augment.* with \(2, 6\) torch.float32: .*RandomShift"),
+    (lambda x: x, ValueError, r"augment: raised TypeError when called as augment.* with \(16, 6\) torch.float32: .*RandomShift"),
     (needs_three, ValueError, "augment: raised TypeError when called"), (lambda x, g: None, TypeError, "augment: gave a NoneType; needs"),
     (lambda x, g: (x, 1), TypeError, "augment: gave a tuple"), (lambda x, g: x.numpy(), TypeError, "augment: gave a ndarray"),
-    (lambda x, g: x[:1], ValueError, r"augment: gave shape \(1, 6\) for \(2, 6\) torch.float32; needs as many samples"),
+    (lambda x, g: x[:1], ValueError, r"augment: gave shape \(1, 6\) for \(16, 6\) torch.float32; needs as many samples"),
     (lambda x, g: x.sum(), ValueError, r"augment: gave shape \(\) for"),
-    (lambda x, g: x[:, :3], ValueError, r"augment: the model cannot take \(2, 3\) torch.float32, made of \(2, 6\) .* of adjacent"),
-    (lambda x, g: x.double(), ValueError, r"augment: the model cannot take \(2, 6\) torch.float64"),
+    (lambda x, g: x[:, :3], ValueError, r"augment: the model cannot take \(16, 3\) torch.float32, made of \(16, 6\) .* of adjacent"),
+    (lambda x, g: x.double(), ValueError, r"augment: the model cannot take \(16, 6\) torch.float64"),
 ])  # fmt: skip
 def test_an_augmentation_that_is_none(augment, error, message):
     with pytest.raises(error, match=message):
