@@ -67,8 +67,6 @@ CUDA: dict[str, tuple[torch.dtype, ...]] = {
 }
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 _DEFAULTS = Path(__file__).with_name("dispatch_table.json")
-
-
 _ROOMS = (
     "step_project", "step_adamw", "step_lookahead", "step", "gram", "sqnorm", "project_random", "project", "combine", "sample_loss", "w2",
 )  # fmt: skip
@@ -105,7 +103,7 @@ def _refuse_cpp(op: str, args) -> str | None:
 
 
 def _cpp_not_default(op: str, args) -> str | None:
-    """Where t×t products of float32 positions are so small that packing them costs more than torch's bmm; many directions."""
+    """Why the C++ kernel, which could serve the call, was measured to be slower for it."""
     if op == "step_project" and (k := len(args[0]) // max(1, len(args[2]))) > 64:
         return f"{k} directions: its Jacobi took 23 times LAPACK's time for 128 (36 ms, one thread, AMD EPYC Zen 4)"
     if op == "project_conv":
@@ -183,5 +181,3 @@ REFUSE: dict[str, Callable] = {
     "triton": _refuse_triton,
     "reference": lambda op, args: None,
 }
-
-

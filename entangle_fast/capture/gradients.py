@@ -66,7 +66,7 @@ class Gradients(Places):
 def _memory(x: Tensor) -> int | None:
     try:
         return x.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse, or inside vmap
+    except RuntimeError:  # sparse (NotImplementedError, which is one), or inside vmap: no storage to look at
         return None
 
 

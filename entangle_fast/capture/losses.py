@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..ops import check
 from .errors import CaptureError
 from .gradients import is_foreign, watch_nodes
 from .place import Lost
@@ -19,11 +20,7 @@ def check_losses(recorder: Recorder, losses: Tensor) -> None:
     if recorder.begun:
         raise CaptureError("backward: this tape has had its backward; capture a new forward with ef.capture(model)")
     if not isinstance(losses, Tensor):
-        number = isinstance(losses, (int, float))
-        mend = "use reduction='none', and no .item()" if number else "compute them with torch" if hasattr(losses, "__array__") else (
-            "torch.stack them, if they are one for each sample"
-        )  # fmt: skip
-        raise TypeError(f"losses: got {type(losses).__name__}; needs a tensor (n,), one loss per sample: {mend}")
+        raise TypeError(f"losses: got {type(losses).__name__}; needs a tensor (n,), one loss per sample: {check.losses_mend(losses)}")
     if losses.dim() != 1:
         got = "an already reduced loss" if losses.dim() == 0 else f"shape {tuple(losses.shape)}"
         raise ValueError(f"losses: got {got}; needs one loss per sample, (n,): use reduction='none'")

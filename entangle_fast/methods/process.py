@@ -23,9 +23,8 @@ def sample_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 def per_sample(losses, n: int, output=None) -> Tensor:
     """What a loss gave for n samples, or an error that says what it should give: (n,), with a gradient where ``output`` has one."""
     if not isinstance(losses, Tensor):
-        number = "use reduction='none', and no .item()" if isinstance(losses, (int, float)) else "return it"
-        mend = "compute it with torch" if hasattr(losses, "__array__") else number
-        raise TypeError(f"loss: gave a {type(losses).__name__} for {n} samples; needs a tensor ({n},), one loss per sample: {mend}")
+        raise TypeError(f"loss: gave a {type(losses).__name__} for {n} samples; needs a tensor ({n},), one loss per sample: "
+                        f"{ops.check.losses_mend(losses)}")  # fmt: skip
     if losses.shape != (n,):
         raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs one per sample, ({n},), not reduced: "
                          "reduction='none'")  # fmt: skip

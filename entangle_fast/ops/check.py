@@ -151,6 +151,15 @@ def padding(row: int | None) -> int:
     return -1 if row is None else row
 
 
+def losses_mend(got) -> str:
+    """How what is no tensor becomes per-sample losses."""
+    if isinstance(got, (int, float)):
+        return "use reduction='none', and no .item()"
+    if hasattr(got, "__array__"):
+        return "compute them with torch"
+    return "return them" if got is None else "torch.stack them, if they are one for each sample"
+
+
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     require(value in known, f"{name}: got {value!r}; needs one of {', '.join(map(repr, known))}")
 

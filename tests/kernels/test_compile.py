@@ -103,28 +103,16 @@ def test_rows_of_all_layers_are_one_launch(n, others):
 
 def test_warmup_launches_every_kernel():
     import inspect
+    from importlib import import_module
+    from pathlib import Path
 
     import torch
-    from entangle_fast.kernels import (
-        combine,
-        gram,
-        project,
-        project_random,
-        sample_loss,
-        sqnorm,
-        step,
-        step_adamw,
-        step_lookahead,
-        step_project,
-        tiles,
-        w2,
-        warmup,
-    )
+    from entangle_fast.kernels import warmup
     from triton.runtime.jit import JITFunction
 
     launched = {k.fn for k, _, _ in launches.record(lambda: warmup.warmup("cpu", (torch.bfloat16,)))}
-    modules = combine, gram, project, project_random, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, tiles, w2
-    for module in modules:
+    for path in Path(warmup.__file__).parent.glob("*.py"):
+        module = import_module(f"entangle_fast.kernels.{path.stem}")
         for name, found in vars(module).items():
             if isinstance(found, JITFunction) and "program_id" in inspect.getsource(found.fn) and name != "_restore":
                 assert found.fn in launched, f"{module.__name__}.{name} is not warmed up"

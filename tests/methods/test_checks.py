@@ -70,10 +70,10 @@ SWAP = "it is called as loss.output, y.: give lambda output, y: loss.y, output."
 @pytest.mark.parametrize("loss, error, message", [
     (lambda output, y: ce(output, y).detach(), ValueError, "loss: gave losses without a gradient; .* no .detach.., .item.., numpy"),
     (lambda output, y: ce(output.detach(), y), ValueError, "loss: gave losses without a gradient"),
-    (lambda output, y: ce(output, y).detach().numpy(), TypeError, "loss: gave a ndarray for 16 samples; .*: compute it with torch"),
+    (lambda output, y: ce(output, y).detach().numpy(), TypeError, "loss: gave a ndarray for 16 samples; .*: compute them with torch"),
     (lambda output, y: ce(output, y).mean().item(), TypeError, "loss: gave a float for 16 samples; .*: use reduction='none', and no .item"),
     (lambda output, y: ce(output, y).tolist(), TypeError, "loss: gave a list for 16 samples; needs a tensor .16,., one loss per sample"),
-    (lambda output, y: None, TypeError, "loss: gave a NoneType for 16 samples; .*: return it"),
+    (lambda output, y: None, TypeError, "loss: gave a NoneType for 16 samples; .*: return them"),
     (lambda output, y: ce(output, y).mean(), ValueError,
      r"loss: gave shape \(\) for 16 samples; needs one per sample, \(16,\), not reduced"),
     (nn.CrossEntropyLoss(), ValueError, r"loss: gave shape \(\) for 16 samples"),
