@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "interpreted"))  # rule.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # rule.py
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -27,7 +27,7 @@ def moved(x, device=None, dtype=None):
 def compare(what, got, again, plain, want, floor):
     for x, y, p, z in zip(*(v if isinstance(v, (list, tuple)) else [v] for v in (got, again, plain, want))):
         assert torch.equal(x.nan_to_num(), y.nan_to_num()), f"{what}: two runs differ"
-        eps = max(floor, torch.finfo(x.dtype).eps)  # as in tests/kernels/interpreted/rule.py: plain PyTorch may be exact by luck
+        eps = max(floor, torch.finfo(x.dtype).eps)  # as in tests/kernels/rule.py: plain PyTorch may be exact by luck
         x, p = x.double().cpu(), p.double().cpu()
         finite = torch.isfinite(z)
         assert torch.equal(torch.isfinite(x), finite), f"{what}: NaN or infinity where the exact result has none"

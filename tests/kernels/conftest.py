@@ -1,6 +1,6 @@
 """Kernels are interpreted only if TRITON_INTERPRET=1 was set before their import, and then cannot be compiled.
 
-So ``interpreted/`` runs in a process of its own, beside the compilations; elsewhere it is not collected.
+So ``agreement/`` is interpreted in a process of its own, beside the compilations; here (slow) it is compiled and run by tests/ptx.
 """
 
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "interpreted"
+FOLDER = Path(__file__).parent / "agreement"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = [] if INTERPRETED else ["interpreted"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "ptx"))  # gpu.py
 
 
 @pytest.fixture(scope="session", autouse=True)

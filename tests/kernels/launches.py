@@ -70,15 +70,20 @@ def _source(kernel, bound):
     return ASTSource(kernel, signature, constants, attrs)
 
 
-def compile_for(target: str, launch):
-    """The compiled kernel, and registers, bytes spilled (registers on AMD) and shared memory of one launch."""
+def built_for(target: str, launch):
+    """The compiled kernel of one launch."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     kernel, bound, options = launch
     if TARGETS[target][0] == "hip":
         options = {k: v for k, v in options.items() if k != "maxnreg"}
-    built = triton.compile(_source(kernel, bound), target=GPUTarget(*TARGETS[target]), options=options)
+    return triton.compile(_source(kernel, bound), target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def compile_for(target: str, launch):
+    """The compiled kernel, and registers, bytes spilled (registers on AMD) and shared memory of one launch."""
+    built = built_for(target, launch)
     registers, spills = _resources(target, built)
     return built, {"registers": registers, "spills": spills, "shared": built.metadata.shared}
 
@@ -110,124 +115,6 @@ def _run(*command) -> str:
     return done.stdout
 
 
-def workloads() -> dict:
-    """Name → calls that launch every kernel in the shapes that choose its main specialisation."""
-    import torch
-    from entangle_fast.kernels import (
-        combine,
-        gram,
-        project,
-        project_random,
-        sample_loss,
-        sqnorm,
-        step,
-        step_adamw,
-        step_lookahead,
-        step_project,
-        w2,
-    )  # fmt: skip
-
-    def factors(n, t, d_in, d_out, dtype):
-        return torch.zeros(n, t, d_in, dtype=dtype), torch.zeros(n, t, d_out, dtype=dtype)
-
-    def conv(dtype):
-        return torch.zeros(16, 64, 16, 16, dtype=dtype), torch.zeros(16, 64, 16, 16, dtype=dtype)
-
-    shape = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
-
-    def matrices(dtype):
-        def run():
-            rows, few, many = factors(128, 1, 64, 64, dtype), factors(32, 16, 64, 64, dtype), factors(16, 64, 64, 64, dtype)
-            x, g = conv(dtype)
-            w = torch.zeros(2, 16)
-            gram.gram(*rows, route="rows")
-            layers = [[f[:, 0]] * 2 for f in few]
-            gram.gram_layers(*layers, [], [])
-            gram.gram_layers(*layers, *layers)
-            gram.gram(*rows, *rows, route="rows")
-            gram.gram(*few, route="pairs")
-            odd, other = factors(37, 16, 51, 43, dtype), factors(29, 5, 51, 43, dtype)
-            gram.gram(*odd, *other, route="pairs")
-            gram.gram(*odd, route="pairs")
-            gram.gram(*odd, route="tiles")
-            gram.gram_layers([odd[0][:, 0]] * 2, [odd[1][:, 0]] * 2, [], [])
-            gram.gram(*factors(96, 64, 64, 64, dtype), route="tiles")
-            gram.gram(*many, route="tiles")
-            gram.gram(*many, *many, route="tiles")
-            gram.gram_conv(x, g, *shape, route="tiles")
-            gram.gram_conv(x, g, *shape, route="pairs")
-            sqnorm.sqnorm(*few)
-            sqnorm.sqnorm(*many)
-            sqnorm.sqnorm(*rows)
-            sqnorm.sqnorm_conv(x, g, *shape)
-            combine.combine(*many, w)
-            combine.combine_conv(x, g, w, *shape)
-            project.project(*many, torch.zeros(1, 64, 64, dtype=dtype))
-            project.project(*many, torch.zeros(16, 64, 64))
-            for kind, k in (("sign", 16), ("sign", 64), ("sign", 200), ("gaussian", 16)):
-                project_random.project_random(*many, k, seed=2**40, kind=kind)
-                project_random.project_random_conv(x, g, k, *shape, seed=2**40, kind=kind)
-                project_random.project_random(*factors(96, 64, 64, 64, dtype), k, seed=2**40, kind=kind)
-
-        return run
-
-    def lookups(dtype):
-        def run():
-            ids, b = torch.zeros(16, 64, dtype=torch.int64), torch.zeros(16, 64, 64, dtype=dtype)
-            gram.gram_embedding(ids, b)
-            sqnorm.sqnorm_embedding(ids, b)
-            combine.combine_embedding(ids, b, torch.zeros(2, 16), 128)
-            project.project_embedding(ids, b, torch.zeros(2, 128, 64, dtype=dtype))
-            for kind, k in (("sign", 16), ("sign", 200), ("gaussian", 16)):
-                project_random.project_random_embedding(ids, b, k, 128, seed=2**40, kind=kind)
-
-        return run
-
-    def losses(dtype):
-        def run():
-            logits, target = torch.zeros(4, 32, 4096, dtype=dtype), torch.zeros(4, 32, dtype=torch.int64)
-            loss, ce, lse = sample_loss.sample_loss(logits, target, 1.0)
-            sample_loss.sample_loss_backward(loss, logits, target, ce, lse, 1.0)
-
-        return run
-
-    def distances(dtype):
-        def run():
-            x = torch.zeros(4096, dtype=dtype)
-            w2.w2_sorted(x, x)
-            w2.w2_moments(x, x)
-
-        return run
-
-    def steps(dtype):
-        def run():
-            p = [torch.zeros(4096, dtype=dtype), torch.zeros(64, 64, dtype=dtype)]
-            m = [torch.zeros_like(x, dtype=torch.promote_types(dtype, torch.float32)) for x in p]
-            count = torch.ones((), dtype=torch.int64)
-            for k in (2, 4):
-                step.step_gram(p * k, k)
-            for k, ridge in ((2, 0.0), (8, 1e-8), (32, 0.0)):
-                step_project.step_project(p * k, p, p, 0.9, ridge, 1e-15)
-            for noise, counter in ((0.0, None), (0.1, None), (0.1, count)):
-                step.step_update(p, m, p, p * 2, torch.zeros(2), 0.1, 0.9, 0.01, noise, counter=counter)
-                step_adamw.step_adamw(p, m, m, p, p * 2, torch.zeros(2), count, 0.1, noise=noise, counter=counter)
-            for capacity in (None, 4096):
-                step_lookahead.step_lookahead_undo(p, p, *step_lookahead.step_lookahead(p, p, 0.1, capacity), 0.1)
-            index = torch.zeros(1, 2, dtype=torch.int64)
-            ulps = [torch.zeros_like(x, dtype=torch.int8) for x in p]
-            step_lookahead.step_lookahead_undo(p, p, ulps, index, torch.zeros(1, dtype=torch.float64), 0.1)
-
-        return run
-
-    out = {}
-    for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
-        for kind in (matrices, lookups, losses, distances, steps):
-            out[f"{kind.__name__}-{name}"] = kind(dtype)
-    for kind in (losses, distances, steps):
-        out[f"{kind.__name__}-fp64"] = kind(torch.float64)
-    return out
-
-
 def unique(launches):
     """One launch for each kernel and specialisation."""
     seen = {}
@@ -248,11 +135,13 @@ def label(launch) -> str:
 
 def main() -> None:
     wanted = sys.argv[1:]
-    for name, calls in workloads().items():
+    import workloads
+
+    for name, calls in ((name, workloads.calls(name)) for name in workloads.NAMES):
         if wanted and name not in wanted:
             continue
         for target in TARGETS:
-            for launch in unique(record(calls, target)):
+            for launch in unique(record(lambda: workloads.run(calls), target)):
                 print(f"{label(launch):50s}", target, json.dumps([*compile_for(target, launch)[1].values()]), flush=True)
 
 

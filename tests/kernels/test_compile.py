@@ -10,31 +10,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 import launches  # noqa: E402
+import workloads  # noqa: E402
 
-WORKLOADS = ["matrices", "lookups", "losses", "distances", "steps"]
-DTYPES = ["bf16", "fp16", "fp32", "fp64"]
 QUICK = "bf16"  # on every target; the rest takes minutes
 # kernels whose inner step is a tensor-core product; the row norms and finishing kernels have none
 MATRIX = {"_rows", "_pairs", "_form", "_accumulate", "_tile_norms", "_combine", "_random"}
 
 
 def cases():
-    for kind in WORKLOADS:
-        for dtype in DTYPES:
-            if dtype == "fp64" and kind in ("matrices", "lookups"):
-                continue  # refused: no tensor-core path
-            for target in launches.TARGETS:
-                slow = () if dtype == QUICK else (pytest.mark.slow,)
-                yield pytest.param(f"{kind}-{dtype}", target, marks=slow, id=f"{kind}-{dtype}-{target}")
+    for workload in workloads.NAMES:
+        for target in launches.TARGETS:
+            slow = () if workload.endswith(QUICK) else (pytest.mark.slow,)
+            yield pytest.param(workload, target, marks=slow, id=f"{workload}-{target}")
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    loads, found = launches.workloads(), {}
+    found = {}
 
     def get(name, target):
         if (name, target) not in found:
-            found[name, target] = launches.unique(launches.record(loads[name], target))
+            found[name, target] = launches.unique(launches.record(lambda: workloads.run(workloads.calls(name)), target))
         return found[name, target]
 
     return get

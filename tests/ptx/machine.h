@@ -1,0 +1,139 @@
+// A GPU's instruction set on the CPU: what Triton compiled, PTX for sm_80 or sm_90a, runs here warp by warp on host memory.
+//
+// A warp's registers are rows of 32 lanes; an instruction is a function over the lanes of a mask. Lanes that diverge go on at
+// the lowest program counter first. Warps run in random order up to their next barrier, blocks in random order. Everything that
+// is asynchronous (cp.async, wgmma) happens when it is issued (eager) or when it is waited for (lazy). An access outside of what
+// the launch may touch, one that is not aligned to its width, a barrier in a diverged warp, an operation on lanes that
+// are not there: errors that name the line of the kernel.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ptx {
+
+using Mask = uint32_t;
+constexpr Mask kAll = ~0u;
+constexpr uint32_t kSharedBase = 1024;  // where global_smem begins: swizzled tiles need multiples of 1024
+
+struct Warp;
+
+struct Instruction {
+  enum Kind { kPlain, kBranch, kExit, kBarrier } kind = kPlain;
+  void (*run)(Warp&, const Instruction&, Mask) = nullptr;
+  std::vector<int> to, from;  // rows; of a memory access from[0] is the address
+  int64_t offset = 0;         // added to the address; a branch's target
+  int guard = -1;             // row of the predicate
+  bool unless = false;        // @!
+  int size = 0, many = 1;     // bytes of an element, elements of a vector
+  int shape[4] = {};          // a matrix instruction's
+  bool together = false;      // the whole warp at once
+  int source = 0;             // index of Program::places
+};
+
+struct Program {
+  std::string name;
+  std::vector<Instruction> code;
+  std::vector<std::string> places;  // the kernel's lines
+  std::vector<std::string> params;
+  std::map<std::string, int> rows;
+  std::vector<std::pair<int, uint64_t>> constants;  // row, bits
+  std::vector<std::pair<int, std::string>> specials;
+  std::map<std::string, std::vector<unsigned char>> globals;
+  int count = 0, local = 0;  // rows; bytes of local memory a lane
+};
+
+struct Launch {
+  uint32_t grid[3], threads, shared_bytes;
+  std::vector<uint64_t> args;
+  std::vector<std::pair<uint64_t, uint64_t>> allowed;  // [from, to), sorted
+  bool eager;
+  std::mt19937 random;
+  uint64_t instructions = 0, requests = 0, sectors = 0, bytes = 0;  // of warps; the last three of global memory
+};
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
+
+struct Block {
+  Launch& launch;
+  uint32_t id[3];
+  std::vector<unsigned char> shared;
+};
+
+struct Copy {
+  uint32_t to;
+  const unsigned char* from;
+  int size, valid;
+};
+
+struct Warp {
+  const Program& program;
+  Block& block;
+  uint32_t id;
+  std::vector<uint64_t> registers{};
+  std::vector<unsigned char> local{};
+  uint32_t carry[32] = {};
+  uint32_t at[32] = {};  // program counters
+  Mask alive = kAll;
+  bool diverged = false;
+  int barrier = -1;
+  uint32_t expected = 0;  // threads at that barrier
+  std::vector<Copy> open{};
+  std::deque<std::vector<Copy>> groups{};
+  std::vector<std::function<void()>> products{};
+  std::deque<std::vector<std::function<void()>>> batches{};
+
+  uint64_t* row(int r) { return registers.data() + size_t(r) * 32; }
+
+  unsigned char* shared(uint64_t address, int bytes) {
+    const uint32_t a = uint32_t(address);
+    if (a % bytes && bytes <= 16) fail("shared memory at " + std::to_string(a) + ", not aligned to " + std::to_string(bytes) + " bytes");
+    if (a < kSharedBase || a - kSharedBase + bytes > block.shared.size())
+      fail("shared memory at " + std::to_string(int64_t(a) - kSharedBase) + " of " + std::to_string(block.shared.size()) + " bytes");
+    return block.shared.data() + (a - kSharedBase);
+  }
+
+  unsigned char* global(uint64_t address, int bytes, int aligned) {
+    if (address % aligned) fail("an address that is not a multiple of " + std::to_string(aligned) + ", its access's width");
+    const auto& all = block.launch.allowed;
+    auto next = std::upper_bound(all.begin(), all.end(), std::pair<uint64_t, uint64_t>{address, ~0ull});
+    if (next == all.begin() || address + bytes > std::prev(next)->second) {
+      const auto before = next == all.begin() ? "" : std::to_string(address + bytes - std::prev(next)->second) + " bytes behind the tensor before it";
+      fail("global memory outside of every tensor: " + before);
+    }
+    return reinterpret_cast<unsigned char*>(address);
+  }
+
+  // together: lanes that an .aligned instruction needs
+  void all_here(Mask m, const char* what) const {
+    if (m != kAll) fail(std::string(what) + " in a warp that has diverged");
+  }
+};
+
+template <class T> T get(uint64_t bits) {
+  T x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+template <class T> uint64_t put(T x) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+
+template <class F> void lanes(Mask m, F f) {
+  if (m == kAll)
+    for (int l = 0; l < 32; ++l) f(l);
+  else
+    for (; m; m &= m - 1) f(__builtin_ctz(m));
+}
+
+}  // namespace ptx

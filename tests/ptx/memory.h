@@ -1,0 +1,154 @@
+// Loads, stores, copies, and what lanes tell each other.
+#pragma once
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace ptx {
+
+// ---- what global accesses cost: sectors of 32 bytes a request touches
+
+inline void count_request(Warp& w, Mask m, const uint64_t* address, int bytes) {
+  std::vector<uint64_t> sectors;
+  lanes(m, [&](int l) {
+    for (uint64_t s = address[l] / 32; s <= (address[l] + bytes - 1) / 32; ++s) sectors.push_back(s);
+    w.block.launch.bytes += bytes;
+  });
+  std::sort(sectors.begin(), sectors.end());
+  w.block.launch.sectors += std::unique(sectors.begin(), sectors.end()) - sectors.begin();
+  ++w.block.launch.requests;
+}
+
+inline uint64_t value(const unsigned char* from, int size, bool sign) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, from, size);
+  if (sign && size < 8) bits = uint64_t(int64_t(bits << (64 - 8 * size)) >> (64 - 8 * size));
+  return bits;
+}
+
+enum class Space { kGlobal, kShared, kLocal, kParam, kConstant };
+
+template <Space S> unsigned char* place(Warp& w, uint64_t address, int bytes, int lane) {
+  if constexpr (S == Space::kGlobal) return w.global(address, bytes, bytes);
+  if constexpr (S == Space::kShared) return w.shared(address, bytes);
+  if constexpr (S == Space::kLocal) {
+    if (uint32_t(address) + bytes > uint32_t(w.program.local)) fail("local memory outside of its depot");
+    return w.local.data() + size_t(lane) * w.program.local + uint32_t(address);
+  }
+  if constexpr (S == Space::kParam) return reinterpret_cast<unsigned char*>(w.block.launch.args.data()) + address;
+  return reinterpret_cast<unsigned char*>(address);
+}
+
+// shape[0]: sign extension
+template <Space S> void load(Warp& w, const Instruction& i, Mask m) {
+  uint64_t address[32];
+  const int bytes = i.size * i.many;
+  lanes(m, [&](int l) { address[l] = w.row(i.from[0])[l] + i.offset; });
+  lanes(m, [&](int l) {
+    const unsigned char* from = place<S>(w, address[l], bytes, l);
+    for (int k = 0; k < i.many; ++k) w.row(i.to[k])[l] = value(from + k * i.size, i.size, i.shape[0]);
+  });
+  if (S == Space::kGlobal && m) count_request(w, m, address, bytes);
+}
+
+template <Space S> void store(Warp& w, const Instruction& i, Mask m) {
+  uint64_t address[32];
+  const int bytes = i.size * i.many;
+  lanes(m, [&](int l) { address[l] = w.row(i.from[0])[l] + i.offset; });
+  lanes(m, [&](int l) {
+    unsigned char* to = place<S>(w, address[l], bytes, l);
+    for (int k = 0; k < i.many; ++k) std::memcpy(to + k * i.size, w.row(i.from[1 + k]) + l, i.size);
+  });
+  if (S == Space::kGlobal && m) count_request(w, m, address, bytes);
+}
+
+inline void atomic_add(Warp& w, const Instruction& i, Mask m) {
+  lanes(m, [&](int l) {
+    unsigned char* at = w.global(w.row(i.from[0])[l] + i.offset, i.size, i.size);
+    const uint64_t old = value(at, i.size, false), sum = old + w.row(i.from[1])[l];
+    std::memcpy(at, &sum, i.size);
+    w.row(i.to[0])[l] = old;
+  });
+}
+
+// ---- cp.async: from[0] to, from[1] from, from[2] (if there) how many bytes; the rest becomes zero
+
+inline void land(Warp& w, const std::vector<Copy>& all) {
+  for (const Copy& c : all) {
+    unsigned char* to = w.shared(c.to, c.size);
+    std::memcpy(to, c.from, c.valid);
+    std::memset(to + c.valid, 0, c.size - c.valid);
+  }
+}
+inline void copy_async(Warp& w, const Instruction& i, Mask m) {
+  std::vector<Copy> all;
+  uint64_t address[32];
+  Mask read = 0;
+  lanes(m, [&](int l) {
+    const int valid = i.from.size() > 2 ? int(w.row(i.from[2])[l]) : i.size;
+    if (valid < 0 || valid > i.size) fail("cp.async of " + std::to_string(valid) + " bytes");
+    address[l] = w.row(i.from[1])[l] + i.shape[1];
+    if (valid) w.global(address[l], valid, i.size), read |= 1u << l;
+    const uint32_t to = uint32_t(w.row(i.from[0])[l] + i.offset);
+    w.shared(to, i.size);
+    all.push_back({to, reinterpret_cast<unsigned char*>(address[l]), i.size, valid});
+  });
+  if (read) count_request(w, read, address, i.size);
+  if (w.block.launch.eager) return land(w, all);
+  w.open.insert(w.open.end(), all.begin(), all.end());
+}
+inline void copy_commit(Warp& w, const Instruction&, Mask) {
+  w.groups.push_back(std::move(w.open));
+  w.open.clear();
+}
+inline void copy_wait(Warp& w, const Instruction& i, Mask) {
+  for (; w.groups.size() > size_t(i.offset); w.groups.pop_front()) land(w, w.groups.front());
+}
+
+// ---- between lanes: shape[0] is what a lane looks at
+
+enum Look { kButterfly, kIndex, kUp, kDown };
+
+inline void shuffle(Warp& w, const Instruction& i, Mask m) {
+  uint64_t old[32];
+  std::memcpy(old, w.row(i.from[0]), sizeof old);
+  lanes(m, [&](int l) {
+    const uint32_t by = uint32_t(w.row(i.from[1])[l]) & 31, c = uint32_t(w.row(i.from[2])[l]), clamp = c & 31, segment = c >> 8 & 31;
+    const int last = int((l & segment) | (clamp & ~segment)), first = int(l & segment);
+    int from = i.shape[0] == kButterfly ? l ^ int(by) : i.shape[0] == kUp ? l - int(by) : i.shape[0] == kDown ? l + int(by)
+                                                                                        : int(first | (by & ~segment));
+    const bool inside = i.shape[0] == kUp ? from >= last : from <= last;
+    if (!inside) from = l;
+    if (!(m >> from & 1)) fail("shfl reads lane " + std::to_string(from) + ", which is not there");
+    w.row(i.to[0])[l] = old[from];
+    if (i.to.size() > 1) w.row(i.to[1])[l] = inside;
+  });
+}
+
+enum Fold { kAdd, kMax, kMin, kAnd, kOr, kXor };
+
+// shape[0]: the fold; shape[1]: signed
+inline void reduce(Warp& w, const Instruction& i, Mask m) {
+  const Mask members = Mask(w.row(i.from[1])[__builtin_ctz(m)]);
+  if (members & ~m) fail("redux.sync names lanes that are not there");
+  int64_t sum = 0;
+  bool first = true;
+  lanes(members, [&](int l) {
+    const uint32_t bits = uint32_t(w.row(i.from[0])[l]);
+    const int64_t x = i.shape[1] ? int64_t(int32_t(bits)) : int64_t(bits);
+    if (first) sum = x, first = false;
+    else sum = i.shape[0] == kAdd ? sum + x : i.shape[0] == kMax ? std::max(sum, x) : i.shape[0] == kMin ? std::min(sum, x)
+               : i.shape[0] == kAnd ? sum & x : i.shape[0] == kOr ? sum | x : sum ^ x;
+  });
+  lanes(m, [&](int l) { w.row(i.to[0])[l] = uint32_t(sum); });
+}
+
+// shape[0]: ballot, any, all
+inline void vote(Warp& w, const Instruction& i, Mask m) {
+  Mask yes = 0;
+  lanes(m, [&](int l) { yes |= Mask(w.row(i.from[0])[l] & 1) << l; });
+  lanes(m, [&](int l) { w.row(i.to[0])[l] = i.shape[0] == 0 ? yes : i.shape[0] == 1 ? yes != 0 : yes == m; });
+}
+
+}  // namespace ptx

@@ -1,0 +1,178 @@
+"""The machine that runs PTX: single instructions against what they are defined to be, and the faults it must see."""
+
+import re
+import struct
+
+import gpu
+import pytest
+import torch
+
+HEAD = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry probe(
+	.param .u64 probe_param_0,
+	.param .u64 probe_param_1
+)
+{
+	ld.param.b64 %rd1, [probe_param_0];
+	ld.param.b64 %rd2, [probe_param_1];
+	mov.u32 %r1, %tid.x;
+	mul.wide.u32 %rd3, %r1, 8;
+	add.s64 %rd4, %rd1, %rd3;
+	add.s64 %rd5, %rd2, %rd3;
+"""
+
+
+def run(body, x, out, threads=32, shared=4096, **options):
+    gpu.Program(f"{HEAD}{body}\nret;\n}}\n").launch((1, 1, 1), threads, shared, [x.data_ptr(), out.data_ptr()], **options)
+    return out
+
+
+def one(instruction, *operands):
+    """The 64 bits that an instruction gives for operands' bits (hexadecimal or decimal literals)."""
+    out = torch.zeros(32, dtype=torch.int64)
+    args = ", ".join(map(str, operands))
+    run(f"mov.b64 %rd9, 0;\n{instruction} %rd9, {args};\nst.global.b64 [%rd5], %rd9;", torch.zeros(32, dtype=torch.int64), out)
+    return int(out[0]) & (2**64 - 1)
+
+
+def f32(x):
+    return f"0f{struct.unpack('<I', struct.pack('<f', x))[0]:08X}"
+
+
+@pytest.mark.parametrize("instruction, operands, want", [
+    ("add.s32", (2**31 - 1, 1), 2**31),
+    ("mul.hi.u32", (0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFE),
+    ("mul.wide.s32", (-3, 7), 2**64 - 21),
+    ("mad.lo.s32", (-3, 7, 22), 1),
+    ("div.s32", (-7, 2), 2**32 - 3), ("rem.s32", (-7, 2), 2**32 - 1), ("div.u32", (-1, 2), 2**31 - 1),
+    ("shl.b32", (1, 32), 0), ("shr.s32", (-8, 40), 2**32 - 1), ("shr.u32", (-8, 29), 7),
+    ("shf.l.wrap.b32", (0x80000001, 0x12345678, 4), 0x23456788), ("shf.r.wrap.b32", (0x80000001, 0x12345678, 4), 0x88000000),
+    ("bfe.u32", (0xABCD1234, 8, 12), 0xD12), ("bfe.s32", (0xABCD1234, 8, 12), 0xFFFFFD12), ("bfi.b32", (0xF, 0, 4, 8), 0xF0),
+    ("prmt.b32", (0x33221100, 0x77665544, 0x7531), 0x77553311), ("prmt.b32", (0x80, 0, 0x0008), 0x808080FF),
+    ("lop3.b32", (0xF0F0F0F0, 0xCCCCCCCC, 0xAAAAAAAA, 0xE8), 0xE8E8E8E8),
+    ("popc.b32", (0xF00F,), 8), ("clz.b32", (1,), 31), ("clz.b64", (1,), 63),
+    ("setp.ltu.f32", (f32(float("nan")), f32(1)), 1), ("setp.ne.f32", (f32(float("nan")), f32(1)), 0),
+    ("min.f32", (f32(float("nan")), f32(1)), 0x3F800000), ("max.f32", (f32(-0.0), f32(0.0)), 0),
+    ("cvt.rzi.s32.f32", (f32(-2.7),), 2**32 - 2), ("cvt.rni.s32.f32", (f32(2.5),), 2), ("cvt.rzi.s32.f32", (f32(1e20),), 2**31 - 1),
+    ("cvt.rn.bf16.f32", (f32(1 + 2**-8),), 0x3F80), ("cvt.rn.bf16.f32", (f32(1 + 3 * 2**-8),), 0x3F82),
+    ("cvt.rn.bf16x2.f32", (f32(1), f32(2)), 0x3F804000), ("cvt.rn.f16.f32", (f32(65520),), 0x7C00),
+    ("cvt.rna.tf32.f32", (0x3F801000,), 0x3F802000), ("cvt.rn.bf16.f64", ("0d3FF0100000000001",), 0x3F81),
+    ("cvt.s64.s32", (-5,), 2**64 - 5), ("cvt.u64.u32", (-5,), 2**32 - 5), ("cvt.rn.f32.s32", (16777217,), 0x4B800000),
+    ("fma.rn.f32", (f32(1 + 2**-23), f32(1 + 2**-23), f32(-1 - 2**-22)), 0x28800000),
+    ("mul.rn.ftz.f32", (f32(1e-30), f32(1e-10)), 0), ("mul.f32", (f32(2**-100), f32(2**-40)), 0x200),
+    ("selp.b32", (7, 9, 1), 7),
+])  # fmt: skip
+def test_instructions(instruction, operands, want):
+    assert one(instruction, *operands) == want
+
+
+def test_carries_go_from_one_word_to_the_next():
+    out = torch.zeros(32, dtype=torch.int64)
+    run("mad.lo.cc.u32 %r8, 0xFFFFFFFF, 2, 3;\nmadc.hi.u32 %r9, 0xFFFFFFFF, 2, 5;\nmov.b64 %rd9, {%r8, %r9};\nst.global.b64 [%rd5], %rd9;",
+        torch.zeros(32, dtype=torch.int64), out)  # fmt: skip
+    assert int(out[3]) == 0xFFFFFFFF * 2 + 3 + (5 << 32)
+
+
+@pytest.mark.parametrize("instruction, exact, ulps", [
+    ("ex2.approx.f32", lambda x: 2.0 ** x, 3), ("lg2.approx.f32", lambda x: torch.log2(x), 3), ("rcp.approx.ftz.f32", lambda x: 1 / x, 2),
+    ("sqrt.approx.f32", lambda x: x.sqrt(), 2),
+])  # fmt: skip
+def test_approximations_err_but_not_by_much(instruction, exact, ulps):
+    x, out = torch.linspace(2.5, 30, 32, dtype=torch.float64).float(), torch.zeros(32)
+    run(f"mul.wide.u32 %rd3, %r1, 4;\nadd.s64 %rd4, %rd1, %rd3;\nadd.s64 %rd5, %rd2, %rd3;\nld.global.b32 %r5, [%rd4];\n{instruction} %r6, %r5;\n"
+        "st.global.b32 [%rd5], %r6;", x, out)  # fmt: skip
+    want = exact(x.double())
+    off = ((out.double() - want) / want).abs() * 2**23
+    assert off.max() <= ulps and off.max() > 0.6  # a wrong constant would show, and so would exactness
+
+
+def test_lanes_of_two_paths_meet_again():
+    out = torch.zeros(32, dtype=torch.int64)
+    run("""
+	setp.lt.u32 %p1, %r1, 7;
+	mov.b32 %r5, 1;
+	@%p1 bra $L_far;
+$L_back:
+	bar.sync 0;
+	redux.sync.add.s32 %r6, %r5, 0xffffffff;
+	cvt.s64.s32 %rd9, %r6;
+	st.global.b64 [%rd5], %rd9;
+	ret;
+$L_far:
+	mov.b32 %r5, 10;
+	bra.uni $L_back;
+""", torch.zeros(32, dtype=torch.int64), out)  # fmt: skip
+    assert out.tolist() == [25 + 70] * 32
+
+
+@pytest.mark.parametrize("body, message", [
+    ("ld.global.b64 %rd9, [%rd4+8];", "outside of every tensor: 8 bytes behind"),
+    ("st.global.b64 [%rd4+-8], %rd9;", "outside of every tensor"),
+    ("ld.global.v2.b64 {%rd8, %rd9}, [%rd1+8];", "not a multiple of 16"),
+    ("st.shared.b32 [global_smem+4096], %r1;", "shared memory at 4096 of 4096 bytes"),
+    ("ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [global_smem+4];", "not aligned to 16 bytes"),
+    ("setp.lt.u32 %p1, %r1, 7;\n@%p1 bra $L_out;\nbar.sync 0;\n$L_out:\nret;", "a barrier in a warp"),
+    ("setp.lt.u32 %p1, %r1, 7;\n@%p1 bra $L_b;\nbar.sync 0;\nret;\n$L_b:\nbar.sync 1;", "lanes wait for each other"),
+    ("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $L_out;\nbar.sync 0;\n$L_out:\nret;", "for warps that do not come"),
+    ("tanh.approx.f32 %r5, %r6;", "tanh.approx.f32 %r5, %r6: not known"),
+    ("bra $L_nowhere;", "no label"),
+])  # fmt: skip
+def test_faults_are_seen(body, message):
+    x = torch.zeros(32, dtype=torch.int64)
+    room = torch.zeros(64, dtype=torch.int64)  # the only tensors near it are its own
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        run(body, x, room[:32], threads=64 if "do not come" in message else 32)
+
+
+@pytest.mark.parametrize("eager, waits, want", [(True, False, 5), (False, True, 5), (False, False, -1)])
+def test_a_copy_lands_when_it_is_waited_for(eager, waits, want):
+    x, out = torch.full((32,), 5), torch.zeros(32, dtype=torch.int64)
+    wait = "cp.async.commit_group;\ncp.async.wait_group 0;" if waits else ""
+    run(f"""
+	shl.b32 %r5, %r1, 3;
+	mov.b32 %r6, global_smem;
+	add.s32 %r7, %r5, %r6;
+	cp.async.ca.shared.global [%r7], [%rd4], 8;
+	{wait}
+	ld.shared.b64 %rd9, [%r7];
+	st.global.b64 [%rd5], %rd9;
+""", x, out, eager=eager)  # fmt: skip
+    assert out.tolist() == [want] * 32
+
+
+def test_sectors_are_counted():
+    def sectors(stride):
+        x, out = torch.zeros(32 * 8, dtype=torch.int64), torch.zeros(32, dtype=torch.int64)
+        body = f"mul.wide.u32 %rd3, %r1, {stride};\nadd.s64 %rd4, %rd1, %rd3;\nld.global.b64 %rd9, [%rd4];"
+        return gpu.Program(f"{HEAD}{body}\nret;\n}}\n").launch((1, 1, 1), 32, 0, [x.data_ptr(), out.data_ptr()])
+
+    start = sectors(8)
+    assert start["requests"] == 1 and start["bytes"] == 256 and 8 <= start["sectors"] <= 9
+    assert sectors(64)["sectors"] == 32
+
+
+WAITS = {"copies": r"cp\.async\.wait_group", "products": r"wgmma\.wait_group", "barriers": r"bar\.sync"}
+
+
+@pytest.mark.parametrize("what, target", [("copies", "sm_80"), ("barriers", "sm_80"), ("copies", "sm_90"), ("products", "sm_90"), ("barriers", "sm_90")])
+def test_a_kernel_without_its_waits_is_noticed(what, target, monkeypatch):
+    pytest.importorskip("triton")
+    from entangle_fast.kernels import gram
+
+    a, b = torch.randn(40, 1, 256).bfloat16(), torch.randn(40, 1, 256).bfloat16()
+    with gpu.running(target):
+        whole = gram.gram(a, b, route="rows")
+    plain = (a[:, 0].float() @ a[:, 0].float().T) * (b[:, 0].float() @ b[:, 0].float().T)
+    torch.testing.assert_close(whole, plain, rtol=1e-4, atol=0.1)
+
+    def without(ptx):
+        assert re.search(WAITS[what], ptx)
+        return gpu.Program(re.sub(rf"{WAITS[what]}[^;]*;", "", ptx))
+
+    monkeypatch.setattr(gpu, "_program", without)
+    with gpu.running(target):
+        assert not torch.allclose(gram.gram(a, b, route="rows"), plain, rtol=1e-4, atol=0.1)
