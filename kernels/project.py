@@ -42,7 +42,7 @@ def _rows(
         u = tl.load(a + ao[:, None] + c[None, :], mask=rm[:, None] & cm[None, :], other=0.0)
         v = tl.load(basis + do[:, None] + c[None, :], mask=om[:, None] & cm[None, :], other=0.0)
         if u.dtype != v.dtype:
-            u, v = u.to(tl.float32), v.to(tl.float32)
+            u, v = tiles.nearest_tf32(u.to(tl.float32)), tiles.nearest_tf32(v.to(tl.float32))
         z = tl.dot(u, tl.trans(v), z, input_precision=PREC)
     bo = r // t * b_sample + r % t * b_position
     w = tl.load(b + bo[:, None] + o[None, :], mask=rm[:, None] & om[None, :], other=0.0).to(tl.float32)
@@ -99,7 +99,7 @@ def _given(shape: Layer, s: Side, basis: Tensor) -> Tensor:
     exact = "tf32" if s.a.dtype != basis.dtype else tiles.contract_precision(s.a.dtype)
 
     def contract(scratch, partial, width, at, first):
-        tiles.accumulate(scratch, basis[:, at:], partial, width, first, False, exact)
+        tiles.accumulate(scratch, basis[:, at:], partial, width, first, False, exact, given=basis.dtype == torch.float32)
 
     return tiles.project(shape, s, len(basis), contract)
 

@@ -49,14 +49,22 @@ def gradient_tile(
 
 
 @triton.jit
+def nearest_tf32(x):
+    """float32 → the nearest value that tf32 has: tensor cores cut the other 13 bits off, which biases a sum of products."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def _form(
     a, b, rows, columns, scratch, pitch, t_count, a_sample, a_position, b_sample, b_position,
     o_first, o_count, c_first, c_count,
-    TABLED: tl.constexpr, VEC: tl.constexpr, PREC: tl.constexpr,
+    TABLED: tl.constexpr, VEC: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr,
     BO: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """scratch[i, o·c_count + c] = G_i[o_first + o, c_first + c].
 
+    ROUND: to what tf32 keeps, for a float32 scratch that is contracted so.
     Bytes: a and b once per tile that needs them (L2), scratch written once.  FLOPs: 2·n·t·o_count·c_count.
     Limit: tensor cores for t ≥ 64.  Fraction reached: not yet run on a GPU.
     """
@@ -70,6 +78,8 @@ def _form(
         a + i * a_sample, b + i * b_sample, rows, columns, o_first + o, om, c_first + c, cm, t_count,
         a_position, b_position, TABLED, VEC, PREC, BO, BC, BT,
     )  # fmt: skip
+    if ROUND:
+        g = nearest_tf32(g)
     at = i * pitch + o.to(tl.int64)[:, None] * c_count + c[None, :]
     tl.store(scratch + at, g.to(scratch.dtype.element_ty), mask=om[:, None] & cm[None, :])
 
@@ -77,12 +87,13 @@ def _form(
 @triton.jit
 def _accumulate(
     x, y, partial, n, m, x_pitch, y_pitch, width, per_split, first,
-    SYMMETRIC: tl.constexpr, ALONE: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ALONE: tl.constexpr, ROUND: tl.constexpr, PREC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial[split] (n, m) += x (n, width) · y (m, width)ᵀ over this split's columns; set, not added, when first.
 
     Each split owns its partial: launches of one stream add in order, so the sum is the same every time.
-    ALONE: x is y, and all of it one tile: read once for both.
+    ALONE: x is y, and all of it one tile: read once for both. ROUND: y, which nobody formed here, to what tf32 keeps.
     Bytes: (n + m)·width of the scratch, from L2; half when alone.  FLOPs: 2·n·m·width, half when symmetric (tiles below
     the diagonal return at once).  Limit: the L2 at n ≤ 128, else tensor cores.  Fraction reached: not yet run on a GPU.
     """
@@ -108,6 +119,8 @@ def _accumulate(
             v = tl.load(y + yo[:, None] + c[None, :], mask=jm[:, None] & cm[None, :], other=0.0)
             if u.dtype != v.dtype:
                 u, v = u.to(tl.float32), v.to(tl.float32)
+            if ROUND:
+                v = nearest_tf32(v)
             acc = tl.dot(u, tl.trans(v), acc, input_precision=PREC)
     at = partial + tl.program_id(1).to(tl.int64) * n * m + i.to(tl.int64)[:, None] * m + j[None, :]
     mask = im[:, None] & jm[None, :]
@@ -171,12 +184,13 @@ def form(layer: Layer, s: Side, group: int, scratch: Tensor, chunk: tuple[int, i
     b = s.b.flatten()[group * layer.b_group :] if layer.tabled else s.b
     _form[grid](
         a, b, *layer.tables(s.a), scratch, scratch.stride(0), s.t, s.a_sample, s.a_position, s.b_sample, s.b_position,
-        o, o_count, c, c_count, TABLED=layer.tabled, VEC=layer.vec, PREC=launch.precision(s.a.dtype), **cfg,
+        o, o_count, c, c_count, TABLED=layer.tabled, VEC=layer.vec, PREC=launch.precision(s.a.dtype),
+        ROUND=scratch.dtype == torch.float32 and contract_precision(s.a.dtype) == "tf32", **cfg,
     )  # fmt: skip
 
 
-def accumulate(x: Tensor, y: Tensor, partial: Tensor, width: int, first: bool, symmetric: bool, exact: str) -> None:
-    """partial (splits, n, m) += x[:, :width] · y[:, :width]ᵀ; x, y with unit stride inside."""
+def accumulate(x: Tensor, y: Tensor, partial: Tensor, width: int, first: bool, symmetric: bool, exact: str, given: bool = False) -> None:
+    """partial (splits, n, m) += x[:, :width] · y[:, :width]ᵀ; x, y with unit stride inside. given: y was not formed here."""
     count, n, m = partial.shape
     name, configs = ("few", FEW) if min(n, m) <= 64 else ("accumulate", ACCUMULATE)
     cfg = tune.config(name, configs[max(x.element_size(), y.element_size())], str(x.dtype))
@@ -185,7 +199,7 @@ def accumulate(x: Tensor, y: Tensor, partial: Tensor, width: int, first: bool, s
     grid = (cdiv(n, cfg["BM"]) * cdiv(m, cfg["BN"]), count)
     _accumulate[grid](
         x, y, partial, n, m, x.stride(0), y.stride(0), width, per, int(first), SYMMETRIC=symmetric, ALONE=alone,
-        PREC=exact, **cfg,
+        ROUND=given and exact == "tf32", PREC=exact, **cfg,
     )  # fmt: skip
 
 

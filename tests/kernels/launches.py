@@ -137,11 +137,9 @@ def main() -> None:
     wanted = sys.argv[1:]
     import workloads
 
-    for name, calls in ((name, workloads.calls(name)) for name in workloads.NAMES):
-        if wanted and name not in wanted:
-            continue
+    for name in wanted or workloads.NAMES:
         for target in TARGETS:
-            for launch in unique(record(lambda: workloads.run(calls), target)):
+            for launch in unique(record(lambda: workloads.run(workloads.calls(name)), target)):  # noqa: B023
                 print(f"{label(launch):50s}", target, json.dumps([*compile_for(target, launch)[1].values()]), flush=True)
 
 

@@ -1,7 +1,19 @@
 """Calls that launch every kernel in the shapes that choose its main specialisation: they are compiled, and what is compiled is run."""
 
 import torch
-from entangle_fast.kernels import combine, gram, project, project_random, sample_loss, sqnorm, step, step_adamw, step_lookahead, step_project, w2
+from entangle_fast.kernels import (
+    combine,
+    gram,
+    project,
+    project_random,
+    sample_loss,
+    sqnorm,
+    step,
+    step_adamw,
+    step_lookahead,
+    step_project,
+    w2,
+)  # fmt: skip
 
 from entangle_fast import reference
 

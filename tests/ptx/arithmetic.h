@@ -41,8 +41,10 @@ inline uint16_t to_f16(double x) { return get<uint16_t>(put(_Float16(x))); }
 
 inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
-// exact × (1 ± relative): the sign is as good as random, the same for the same value
+// exact × (1 ± relative): the sign is as good as random, the same for the same value. What is a float already, as powers of two
+// are, comes out as it is
 inline float off(double exact, double relative) {
+  if (double(float(exact)) == exact || exact != exact) return float(exact);
   const uint64_t bits = put(exact) * 0x9E3779B97F4A7C15ull;
   return float(exact * (1 + (bits >> 63 ? relative : -relative)));
 }
@@ -200,7 +202,7 @@ inline void approximations(Table& t) {
     t["ex2.approx." + ftz + "f32"] = map<float, float>([](float a) { return flushed(off(std::exp2(double(flushed(a))), 2 * kUlp)); });
     t["lg2.approx." + ftz + "f32"] = map<float, float>([](float a) {
       const double exact = std::log2(double(flushed(a)));
-      return a > 0.5f && a < 2.0f ? float(exact + (put(exact) * 0x9E3779B97F4A7C15ull >> 63 ? 2 : -2) * kUlp) : off(exact, 2 * kUlp);
+      return a > 0.5f && a < 2.0f && a != 1 ? float(exact + (put(exact) * 0x9E3779B97F4A7C15ull >> 63 ? 2 : -2) * kUlp) : off(exact, 2 * kUlp);
     });
     t["rcp.approx." + ftz + "f32"] = map<float, float>([](float a) { return off(1 / double(a), kUlp); });
     t["sqrt.approx." + ftz + "f32"] = map<float, float>([](float a) { return off(std::sqrt(double(a)), kUlp); });

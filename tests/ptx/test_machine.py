@@ -83,8 +83,14 @@ def test_carries_go_from_one_word_to_the_next():
 ])  # fmt: skip
 def test_approximations_err_but_not_by_much(instruction, exact, ulps):
     x, out = torch.linspace(2.5, 30, 32, dtype=torch.float64).float(), torch.zeros(32)
-    run(f"mul.wide.u32 %rd3, %r1, 4;\nadd.s64 %rd4, %rd1, %rd3;\nadd.s64 %rd5, %rd2, %rd3;\nld.global.b32 %r5, [%rd4];\n{instruction} %r6, %r5;\n"
-        "st.global.b32 [%rd5], %r6;", x, out)  # fmt: skip
+    run(f"""
+	mul.wide.u32 %rd3, %r1, 4;
+	add.s64 %rd4, %rd1, %rd3;
+	add.s64 %rd5, %rd2, %rd3;
+	ld.global.b32 %r5, [%rd4];
+	{instruction} %r6, %r5;
+	st.global.b32 [%rd5], %r6;
+""", x, out)  # fmt: skip
     want = exact(x.double())
     off = ((out.double() - want) / want).abs() * 2**23
     assert off.max() <= ulps and off.max() > 0.6  # a wrong constant would show, and so would exactness
@@ -155,10 +161,11 @@ def test_sectors_are_counted():
     assert sectors(64)["sectors"] == 32
 
 
+TARGETS = {"sm_80": ("copies", "barriers"), "sm_90": ("copies", "products", "barriers")}
 WAITS = {"copies": r"cp\.async\.wait_group", "products": r"wgmma\.wait_group", "barriers": r"bar\.sync"}
 
 
-@pytest.mark.parametrize("what, target", [("copies", "sm_80"), ("barriers", "sm_80"), ("copies", "sm_90"), ("products", "sm_90"), ("barriers", "sm_90")])
+@pytest.mark.parametrize("what, target", [(what, target) for target, all_of in TARGETS.items() for what in all_of])
 def test_a_kernel_without_its_waits_is_noticed(what, target, monkeypatch):
     pytest.importorskip("triton")
     from entangle_fast.kernels import gram

@@ -57,8 +57,9 @@ def test_adamw(k, noise, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     params, grads, m, u = tensors(dtype), tensors(dtype), tensors(wide), [x.square() for x in tensors(wide)]
     directions, coef = [x for _ in range(k) for x in tensors(dtype)], torch.randn(k, dtype=torch.float64)
-    # the interpreter takes numbers as float32: such that it holds
-    options = (torch.tensor(3), 0.125, 0.75, 0.0 if k == 5 else 63 / 64, 2**-20, 0.25, noise, 7, 2**33, torch.tensor(5))
+    # the interpreter takes numbers as float32: such that it holds. An eps of one where the step would be m / |g|
+    beta2, eps = (0.0, 1.0) if k == 5 else (63 / 64, 2**-20)
+    options = (torch.tensor(3), 0.125, 0.75, beta2, eps, 0.25, noise, 7, 2**33, torch.tensor(5))
     results = []
     for run, turn in ((step_adamw.step_adamw, copies), (reference.step_adamw, copies), (reference.step_adamw, exact)):
         held = [turn(xs) for xs in (params, m, u)]
