@@ -188,8 +188,8 @@ class Recorder:
             self.stream.arrived(self, use.source)
 
     def drop(self) -> None:
-        """The tape is gone; a copy of it says that its factors are missing."""
-        self.uses, self._versions, self.stream, self.finished = [], [], None, False
+        """The tape is gone, and nobody can ask any more."""
+        self.uses, self._versions, self.stream = [], [], None
 
     def run(self, losses: Tensor) -> None:
         """The one backward."""

@@ -38,6 +38,11 @@ class Tape:
     def n(self) -> int | None:
         return self._recorder.n
 
+    def __reduce_ex__(self, protocol):
+        """Asked by copy and pickle: a deep copy would be of other parameters than the model's, a shallow one lose its factors."""
+        raise TypeError("tape: it cannot be copied or pickled, it belongs to the parameters that it watched; keep the tape itself, "
+                        "or copy what it answers: tape.gram(), tape.per_sample()")  # fmt: skip
+
     def __repr__(self) -> str:
         """One line: samples, modules with parameters, parameters, where they are, and what the factors take or why there are none."""
         r = self._recorder

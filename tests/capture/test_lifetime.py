@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -37,11 +38,19 @@ def test_losses_that_outlive_the_tape_hold_no_factors(stream):
     tape.backward(losses, stream=stream)
     held = [factor.b for _, factor in tape._recorder.uses if hasattr(factor, "b")] or [tape.gram()]
     seen = [weakref.ref(x) for x in held]
-    other = copy.copy(tape)
     del tape, held
     assert losses.requires_grad and not any(x() is not None for x in seen)
-    with pytest.raises(ef.CaptureError, match="factors are missing"):
-        other.gram()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps, lambda tape: copy.deepcopy({"step": [tape]})])
+def test_a_tape_is_no_thing_to_copy(duplicate):
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    with ef.capture(model) as tape:
+        tape.backward(model(x).square().sum(1))
+    want = tape.gram()
+    with pytest.raises(TypeError, match=r"^tape: it cannot be copied or pickled, .*; keep the tape itself, or copy what it answers"):
+        duplicate(tape)
+    assert torch.equal(copy.deepcopy(tape.gram()), want)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
