@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class _Explained(BaseException):
     """Carries an Explanation out of the call that would have run."""
 
 
-_explaining = False
+_explaining: ContextVar[bool] = ContextVar("explaining", default=False)  # of this thread
 
 
 def ops() -> dict[str, str]:
@@ -70,7 +71,7 @@ def _choose(op: str, args) -> Explanation:
         raise BackendError(f"{ENV}={os.environ[ENV]}: unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
     found = Explanation(op, None)
     for name in named or BACKENDS:
-        if found.backend is not None and not _explaining:
+        if found.backend is not None and not _explaining.get():
             break  # reasons are for those who ask
         why = REFUSE[name](op, args)
         if not (why or named) and name in NOT_DEFAULT:
@@ -92,7 +93,7 @@ def call(op: str, *args):
     if torch.compiler.is_compiling():
         return registered(op)(*args)
     found = _choose(op, args)
-    if _explaining:
+    if _explaining.get():
         raise _Explained(found)
     if found.backend is None:
         raise BackendError(f"{ENV}={os.environ.get(ENV)}: nothing can serve this call\n{found}")
@@ -117,16 +118,15 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
     >>> found.backend in ("cpp", "reference") and "triton" in found.reasons  # print(found) says why
     True
     """
-    global _explaining
     if not callable(fn):
         raise TypeError(f"fn: got {fn!r}; give a function of entangle_fast.ops, as in ef.explain(ef.ops.gram, a, b)")
-    _explaining = True
+    asked = _explaining.set(True)
     try:
         fn(*args, **kwargs)
     except _Explained as found:
         return found.args[0]
     finally:
-        _explaining = False
+        _explaining.reset(asked)
     raise TypeError(f"fn: {getattr(fn, '__name__', fn)!r} dispatches nothing; give a function of entangle_fast.ops")
 
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,6 +31,20 @@ def test_explain_checks_the_call_first():
     with pytest.raises(TypeError, match="fn: got 'gram'"):
         ef.explain("gram", A, B)
     assert ef.ops.gram(A, B).shape == (3, 3)  # and leaves no trace
+
+
+def test_one_thread_explains_while_another_computes(monkeypatch):
+    found = []
+
+    def refuse(op, args):
+        if threading.current_thread() is threading.main_thread():  # in the midst of explaining
+            found.append(pool.submit(ef.ops.gram, A, B).result())
+
+    monkeypatch.setitem(dispatch.REFUSE, "reference", refuse)
+    monkeypatch.setenv(dispatch.ENV, "reference")
+    with ThreadPoolExecutor(1) as pool:
+        assert ef.explain(ef.ops.gram, A, B).backend == "reference"
+    assert found and torch.equal(found[0], (A @ A.T) * (B @ B.T))
 
 
 @needs_cpp
