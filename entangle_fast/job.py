@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from .job_run import Run
 from .methods.process import sample_cross_entropy
+from .ops.check import whole
 from .report import UNFINISHED, run_in
 from .result import Result
 
@@ -69,9 +69,9 @@ def _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every)
     for name, x, fits, needs in (
         ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
         ("loss", loss, callable(loss), "a function (output, y) → per-sample losses (n,)"),
-        ("seed", seed, isinstance(seed, numbers.Integral), "a whole number"),
-        ("checkpoint_every", checkpoint_every, isinstance(checkpoint_every, numbers.Integral), "a whole number of steps, 0 for never"),
-        ("eval_every", eval_every, isinstance(eval_every, numbers.Integral), "a whole number of steps, 0 for stage ends only"),
+        ("seed", seed, whole(seed), "a whole number"),
+        ("checkpoint_every", checkpoint_every, whole(checkpoint_every), "a whole number of steps, 0 for never"),
+        ("eval_every", eval_every, whole(eval_every), "a whole number of steps, 0 for stage ends only"),
         ("out", out, out is None or isinstance(out, (str, os.PathLike)), "a folder's path, or None"),
         ("augment", augment, augment is None or callable(augment), "a function (x, generator) → x, or None"),
     ):

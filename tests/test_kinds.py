@@ -7,7 +7,10 @@ import pytest
 import torch
 from small import net
 
+import entangle_fast as ef
 from entangle_fast import metrics, ops, optim, tasks, weights
+from entangle_fast.methods.training import fit
+from entangle_fast.metrics.utility import calibration_error
 
 N, C = 4, 3
 
@@ -168,6 +171,53 @@ def test_models_and_numbers():
         ops.step_lookahead([r(2), 1.0], p(), 0.1)
     with pytest.raises(TypeError, match="missing 1 required"):
         ops.gram(r(4, 3))
+
+
+# True would serve as 1: named wherever a number is meant, though the call would succeed
+BOOLEANS = {
+    **{f"{call}, {name}": (name, lambda call=call, name=name: CALLS[call][0](**{**CALLS[call][1](), name: True}))
+       for call, names in {
+           "project_random": "k seed offset", "project_random_conv": "k seed offset groups kernel_size stride",
+           "project_random_embedding": "k seed offset num_embeddings padding_idx", "gram_embedding": "padding_idx",
+           "gram_conv": "groups kernel_size stride padding dilation", "sqnorm_conv": "groups stride", "combine_conv": "groups padding",
+           "combine_embedding": "num_embeddings padding_idx", "sample_loss": "ignore_index clip", "linear_sample_loss": "ignore_index",
+           "step_update": "seed offset lr", "step_adamw": "seed offset", "step_lookahead": "alpha capacity", "upgrad": "sweeps ridge",
+           "damped": "damping", "ProjectedMomentum": "lr momentum", "ProjectedAdamW": "seed", "decay_noise_step": "seed offset",
+           "predict": "batch_size", "membership": "seed batch_size", "by_knn": "k top", "embed": "batch_size",
+           "relearn": "seeds steps batch eval_every eval_samples shots lr",
+       }.items() for name in names.split()},
+    "seeds of relearn": ("seeds", lambda: CALLS["relearn"][0](**{**CALLS["relearn"][1](), "seeds": [0, True]})),
+    "positional": ("k", lambda: ops.project_random(r(N, 3), r(N, 2), True, seed=0)),
+    "pairs": ("stride", lambda: ops.sqnorm_conv(r(N, 2, 5), r(N, 3, 3), 3, stride=[True])),
+    "project_random of a tape": ("k", lambda: tape().project_random(True, seed=0)),
+    "seed of a tape": ("seed", lambda: tape().project_random(2, seed=False)),
+    "batch_size": ("batch_size", lambda: ef.capture(model, batch_size=True)),
+    "batch_dim": ("batch_dim", lambda: ef.capture(model, batch_dim=False)),
+    "unlearn, seed": ("seed", lambda: unlearn(seed=True)),
+    "unlearn, checkpoint_every": ("checkpoint_every", lambda: unlearn(checkpoint_every=True)),
+    "unlearn, eval_every": ("eval_every", lambda: unlearn(eval_every=False)),
+    "fit": ("epochs", lambda: fit(net(), r(N, 6), y, epochs=True, lr=0.1, batch_size=2, seed=0)),
+    "a class": ("forget", lambda: CALLS["ImageClasses"][0](**{**CALLS["ImageClasses"][1](), "forget": [True]})),
+    "bins": ("bins", lambda: calibration_error(torch.eye(C), y[:C], bins=True)),
+}  # fmt: skip
+
+
+def tape():
+    with ef.capture(model) as tape:
+        tape.backward(model(r(N, 5)).square().sum(1))
+    return tape
+
+
+def unlearn(**how):
+    parts = {name: (r(N, 5), y) for name in ("forget", "adjacent", "remote")}
+    return ef.unlearn(torch.nn.Linear(5, C), **parts, method=ef.FineTune(epochs=1), progress=False, **how)
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_a_boolean_is_no_number(name):
+    argument, call = BOOLEANS[name]
+    with pytest.raises((TypeError, ValueError), match=rf"^{argument}\b.*: got .*(True|False|bool).*needs? "):
+        call()
 
 
 def test_nothing_was_changed():

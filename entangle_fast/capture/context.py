@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..ops import check
 from .errors import CaptureError
 from .place import Place
 from .recorder import Recorder
@@ -16,6 +17,7 @@ from .sources import tensors_in
 from .tape import Tape
 
 
+@check.kinds
 @contextlib.contextmanager
 def capture(
     model: nn.Module | Mapping[str, Tensor], *, batch_size: int | None = None, batch_dim: int | None = None,

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..ops import check
+
 
 @contextlib.contextmanager
 def in_mode(model, train):
@@ -106,7 +108,7 @@ def _check(model, x, y, epochs, lr, batch_size, seed, optimizer):
     if y.dtype != torch.int64:
         raise ValueError(f"y: got {y.dtype}, needs int64; pass y.long()")
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or value < least:
+        if not check.whole(value) or value < least:
             raise ValueError(f"{name}: got {value!r}, needs a whole number >= {least}")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr: got {lr!r}, needs a finite number > 0")

@@ -176,7 +176,7 @@ def relearn(
     >>> ef.metrics.relearn(model, model, (x, y), steps=3, seeds=2, progress=False).delays  # nothing was unlearned
     tensor([0., 0.], dtype=torch.float64)
     """
-    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    seeds = tuple(range(seeds)) if check.whole(seeds) else tuple(seeds)
     lr = LEARNING_RATES.get(attacker) if lr is None else lr
     recipe = dict(attacker=attacker, lr=lr, momentum=momentum, batch=batch, share=share, shots=shots, tolerance=tolerance)
     check_options(seeds=seeds, steps=steps, eval_every=eval_every, eval_samples=eval_samples, batched=batched, **recipe)

@@ -9,6 +9,7 @@ from torch import nn
 from ..methods.checks import check_samples
 from ..methods.data import SampleSet
 from ..methods.training import device_of
+from ..ops import check
 from .relearning_attackers import LEARNING_RATES
 
 
@@ -34,9 +35,9 @@ def check_options(
         raise ValueError(f"share: got {share!r}; needs a share in (0, 1]")
     for name, value in (("batch", batch), ("steps", steps), ("eval_every", eval_every), ("shots", shots),
                         ("eval_samples", 1 if eval_samples is None else eval_samples)):  # fmt: skip
-        if not isinstance(value, int) or value < 1:
+        if not check.whole(value) or value < 1:
             raise ValueError(f"{name}: got {value!r}; needs a whole number >= 1")
-    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
+    if not seeds or any(not check.whole(s) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: got {seeds}; needs how many (>= 1), or different whole numbers >= 0")
 
 

@@ -65,7 +65,7 @@ def calibration_error(probabilities, y, bins=15, binning="mass"):
     ICML 2017). Samples of equal confidence share their mean correctness, so that their order does not matter.
     """
     check_labels(probabilities, y)
-    if not isinstance(bins, int) or bins < 1 or binning not in BINNINGS or len(y) == 0:
+    if not check.whole(bins) or bins < 1 or binning not in BINNINGS or len(y) == 0:
         raise ValueError(f"bins, binning: got {bins!r} and {binning!r} for {len(y)} samples; needs a whole number >= 1, "
                          "'mass' or 'width', and at least one sample")
     confidence, predicted = probabilities.double().max(1)

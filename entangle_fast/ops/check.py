@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -54,6 +54,11 @@ def per_sample(**losses: Tensor) -> None:
     floating(**losses)
 
 
+def whole(x) -> bool:
+    """Is it a whole number? True and False are none."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
 def ridge(value: float) -> None:
     require(0 <= value < math.inf, f"ridge: got {value}; needs a finite number >= 0")
 
@@ -90,7 +95,7 @@ def conv_arguments(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation,
     spread = []
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
         value = [value] * nd if isinstance(value, int) else list(value)
-        require(len(value) == nd, f"{name}: got {value}; needs {nd} integers for an input of {nd} sizes")
+        require(len(value) == nd and bool not in map(type, value), f"{name}: got {value}; needs {nd} integers for an input of {nd} sizes")
         least = 0 if name == "padding" else 1
         require(min(value) >= least, f"{name}: got {value}; needs integers >= {least}")
         spread.append(value)
@@ -179,8 +184,9 @@ def kinds(function: Callable) -> Callable:
     """Where ``function`` fails on an argument that is not what its annotation says, raise TypeError naming that argument, what it
     got, what it needs and the mend.
 
-    Looked at after a failure only, so that a call that works pays nothing for it. Annotations that no row of _KINDS knows pass, and
-    so does what the caller's own code raised: a model, a loss, a check. Of a class its __init__.
+    Looked at after a failure only, so that a call that works pays nothing for it; but a boolean is no number, and would serve as one:
+    it is refused before. Annotations that no row of _KINDS knows pass, and so does what the caller's own code raised: a model, a loss,
+    a check. Of a class its __init__.
     """
     if isinstance(function, type):
         function.__init__ = kinds(function.__init__)
@@ -188,6 +194,8 @@ def kinds(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
+        if bool in map(type, args) or bool in map(type, kwargs.values()):
+            _refuse_booleans(function, args, kwargs)
         try:
             return function(*args, **kwargs)
         except _OF_KIND as error:
@@ -214,19 +222,31 @@ def _of_others(frame) -> bool:
     return False
 
 
-def _wrong_argument(function: Callable, args: tuple, kwargs: dict, error: Exception) -> tuple[str, str]:
-    """The first argument of a wrong kind, and what is wrong with it."""
+def _known(function: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[str, object, list[str]]]:
+    """Each argument whose kinds are known: its name, its value, and what is wrong with it as each of the kinds, "" if nothing is."""
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError:  # an argument is missing or unknown: Python has said so
-        return "", ""
+    except TypeError:  # an argument is missing or unknown: Python says so
+        return
     for name, value in given.items():
         wanted = str(function.__annotations__.get(name, "")).split(" | ")
         if all(kind in _KINDS for kind in wanted):
-            if all(found := [_KINDS[kind](name, value) for kind in wanted]):
-                return name, found[0]
-            if isinstance(error, TypeError) and (once := _iterator(name, value, str(error))):
-                return name, once
+            yield name, value, [_KINDS[kind](name, value) for kind in wanted]
+
+
+def _refuse_booleans(function: Callable, args: tuple, kwargs: dict) -> None:
+    for _, value, wrong in _known(function, args, kwargs):
+        if isinstance(value, bool) and all(wrong):
+            raise TypeError(wrong[0])
+
+
+def _wrong_argument(function: Callable, args: tuple, kwargs: dict, error: Exception) -> tuple[str, str]:
+    """The first argument of a wrong kind, and what is wrong with it."""
+    for name, value, wrong in _known(function, args, kwargs):
+        if all(wrong):
+            return name, wrong[0]
+        if isinstance(error, TypeError) and (once := _iterator(name, value, str(error))):
+            return name, once
     return "", ""
 
 
@@ -240,11 +260,11 @@ def _iterator(name: str, x, error: str) -> str:
 
 
 def _kind(types: type | tuple[type, ...], needs: str) -> Callable:
-    return lambda name, x: "" if isinstance(x, types) else f"{name}: got {_got(x)}; needs {needs}"
+    return lambda name, x: "" if isinstance(x, types) and not isinstance(x, bool) else f"{name}: got {_got(x)}; needs {needs}"
 
 
 def _got(x) -> str:
-    return "None" if x is None else f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+    return repr(x) if x is None or isinstance(x, bool) else f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
 
 
 def _tensor(name: str, x) -> str:
@@ -284,6 +304,7 @@ def samples(name: str, x) -> None:
 _tensors = _several(_tensor, "a list of tensors")
 _pair = _several(_tensor, "a pair of tensors", 2)
 _number = _kind((numbers.Real, Tensor), "a number")
+_whole = _kind((numbers.Integral, Tensor), "a whole number")
 _KINDS: dict[str, Callable] = {
     "Tensor": _tensor,
     "torch.Tensor": _tensor,
@@ -293,7 +314,8 @@ _KINDS: dict[str, Callable] = {
     "tuple[Tensor, Tensor]": _pair,
     "Layers": _several(_pair, "a list of pairs (a, b) of tensors"),
     "float": _number,
-    "int": _kind((numbers.Integral, Tensor), "a whole number"),
+    "int": _whole,
+    "Sequence[int]": _several(_whole, "a list of whole numbers"),
     "tuple[float, float]": _several(_number, "two numbers", 2),
     "str": _kind(str, "a string"),
     "Callable": lambda name, x: "" if callable(x) else f"{name}: got {_got(x)}; needs a function",

@@ -246,8 +246,7 @@ def step_lookahead(
     _some("params", params)
     check.like(params, "grads", grads)
     if capacity is not None:
-        whole = isinstance(capacity, int) and not isinstance(capacity, bool)
-        check.require(whole and capacity >= 0, f"capacity: got {capacity!r}; needs an int >= 0, or None for no bound")
+        check.require(check.whole(capacity) and capacity >= 0, f"capacity: got {capacity!r}; needs an int >= 0, or None for no bound")
     elif capturing(params[0].device):
         raise RuntimeError("capacity: got None under a CUDA graph capture, where the host cannot wait for the size of index; needs an "
                            "int >= 0, such as 4096")  # fmt: skip

@@ -155,10 +155,10 @@ class ImageClasses:
             folded = {name.casefold(): name for name in self.class_names}
             near = difflib.get_close_matches(item.casefold(), folded, n=1, cutoff=0)
             raise ValueError(f"forget: got {item!r}, which is no class; the nearest is {folded[near[0]]!r}")
-        if not isinstance(item, int) or not 0 <= item < len(self.class_names):
+        if not check.whole(item) or not 0 <= item < len(self.class_names):
             raise ValueError(f"forget: got {item!r}, needs a class name or an index from 0 to "
                              f"{len(self.class_names) - 1}")
-        return item
+        return int(item)
 
 
 def _moments(x):

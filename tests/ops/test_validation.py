@@ -139,7 +139,6 @@ BAD = {
     "undo: no parameter": (lambda: ops.step_lookahead_undo([], [], ([], ids, r(0)), 1.0), "params"),
     "lookahead: grads": (lambda: ops.step_lookahead([r(2)], [r(3)], 1.0), "grads[0]"),
     "lookahead: capacity below 0": (lambda: ops.step_lookahead([r(2)], [r(2)], 1.0, -1), "capacity: got -1; needs an int >= 0"),
-    "lookahead: a bool": (lambda: ops.step_lookahead([r(2)], [r(2)], 1.0, True), "capacity: got True"),
     "lookahead: no int": (lambda: ops.step_lookahead([r(2)], [r(2)], 1.0, 2.0), "capacity: got 2.0"),
 }
 
