@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .data import SampleSet
 from .process import Loss, per_sample
-from .training import in_mode
+from .training import draws_undone, in_mode
 
 CALLERS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)  # what misused code of the caller's raises
 TRIED = 16  # samples: mixing augmentations and losses over pairs need more than one or two
@@ -27,7 +27,6 @@ def check_parameters(model: nn.Module) -> None:
             raise ValueError(f"model: parameter {name!r} holds NaN or infinite values; load weights that are finite")
 
 
-@torch.random.fork_rng(devices=[])  # models, losses and augmentations may draw
 def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, classes: bool, trains: bool = False) -> None:
     """Put a few samples of a set through model, loss and augmentation: shapes go together, labels are in range, and what has to have a
     gradient has one.
@@ -39,26 +38,32 @@ def check_samples(model: nn.Module, samples: SampleSet, loss: Loss | None, class
     Raises ValueError and TypeError naming the set, the model, the loss or augment.
     """
     name = samples.name
-    x, y = samples.take(torch.arange(min(TRIED, len(samples))))
-    labels = samples.tensors[1] if samples.tensors else y
-    if classes:
-        _check_kind(name, labels)
-    with in_mode(model, False), torch.enable_grad():
-        try:
-            output = model(x)
-        except CALLERS as error:
-            raise ValueError(f"{name}: the model cannot take {x.dtype} samples of shape {tuple(x.shape[1:])}: {error}; "
-                             "give them as it was trained on") from error  # fmt: skip
-        if trains and isinstance(output, Tensor) and not output.requires_grad:
-            raise ValueError("model: its output depends on none of its trainable parameters, or runs under torch.no_grad or .detach(); "
-                             "needs one that a gradient flows through")  # fmt: skip
-    if classes:
-        _check_classes(name, output, len(x), labels)
-    if loss is not None:
+    with draws_undone(samples.device):  # data sets, models, losses and augmentations may draw
+        x, y = samples.take(torch.arange(min(TRIED, len(samples))))
+        labels = samples.tensors[1] if samples.tensors else y
+        if classes:
+            _check_kind(name, labels)
         with in_mode(model, False), torch.enable_grad():
-            check_loss(loss, output, y)
-    if samples.augment is not None:
-        _check_augment(model, samples.augment, x, name)
+            output = _output(model, name, x, trains)
+        if classes:
+            _check_classes(name, output, len(x), labels)
+        if loss is not None:
+            with in_mode(model, False), torch.enable_grad():
+                check_loss(loss, output, y)
+        if samples.augment is not None:
+            _check_augment(model, samples.augment, x, name)
+
+
+def _output(model: nn.Module, name: str, x: Tensor, trains: bool):
+    try:
+        output = model(x)
+    except CALLERS as error:
+        raise ValueError(f"{name}: the model cannot take {x.dtype} samples of shape {tuple(x.shape[1:])}: {error}; "
+                         "give them as it was trained on") from error  # fmt: skip
+    if trains and isinstance(output, Tensor) and not output.requires_grad:
+        raise ValueError("model: its output depends on none of its trainable parameters, or runs under torch.no_grad or .detach(); "
+                         "needs one that a gradient flows through")  # fmt: skip
+    return output
 
 
 def _check_classes(name: str, output, n: int, labels: Tensor) -> None:

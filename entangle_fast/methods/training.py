@@ -1,6 +1,7 @@
 """The plain supervised loop, and the small things around a model that every room above needs."""
 import contextlib
 import math
+import random
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ def in_mode(model, train):
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def draws_undone(device):
+    """Give the global generators of torch (the CPU's and the device's), numpy and Python the states back that they had before."""
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def device_of(model):

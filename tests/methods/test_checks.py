@@ -1,5 +1,9 @@
 """What is refused before the first step. Bad parameters and shapes: tests/job."""
 
+import contextlib
+import random
+
+import numpy as np
 import pytest
 import torch
 from small import net, sets
@@ -130,15 +134,36 @@ def test_an_augmentation_that_is_none(augment, error, message):
         check_samples(net(), SampleSet("adjacent", (X, Y), "cpu", 0, augment), None, True)
 
 
-def test_an_augmentation_is_tried_without_a_trace():
-    model = net()
-    state, before = torch.get_rng_state(), X.clone()
-    check_samples(model, SampleSet("adjacent", (X, Y), "cpu", 0, lambda x, g: x.add_(torch.rand(()))), None, True)
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(X, before)
+GENERATORS = {  # how it is drawn from, and its state
+    "torch": (lambda: torch.rand(()).item(), torch.get_rng_state),
+    "numpy": (np.random.rand, lambda: torch.tensor([*np.random.get_state()[1].tolist(), np.random.get_state()[2]])),
+    "Python": (random.random, lambda: torch.tensor(random.getstate()[1])),
+}
 
 
-def test_what_draws_random_numbers_is_tried_without_a_trace():
-    model, state = net(), torch.get_rng_state()
-    model.register_forward_hook(lambda module, args, output: output + torch.rand(()))
-    check((X, Y), loss=lambda output, y: ce(output, y) + torch.rand(()), model=model)
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize("library", GENERATORS)
+def test_an_augmentation_is_tried_without_a_trace(library):
+    draw, state = GENERATORS[library]
+    model, before, x = net(), state(), X.clone()
+    check_samples(model, SampleSet("adjacent", (X, Y), "cpu", 0, lambda x, g: x.add_(draw())), None, True)
+    assert torch.equal(state(), before) and torch.equal(X, x)
+
+
+class Drawing(TensorDataset):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + self.draw(), y
+
+
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("library", GENERATORS)
+def test_what_draws_random_numbers_is_tried_without_a_trace(library, error):
+    draw, state = GENERATORS[library]
+    model, data, before = net(), Drawing(X, Y), state()
+    data.draw = draw
+    model.register_forward_hook(lambda module, args, output: output + draw())
+    with pytest.raises(ValueError, match="loss: gave shape") if error else contextlib.nullcontext():
+        check(data, loss=lambda output, y: (ce(output, y) + draw())[error:], model=model)
+    assert torch.equal(state(), before)
+    draw()
+    assert not torch.equal(state(), before)
