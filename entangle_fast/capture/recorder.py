@@ -78,13 +78,17 @@ class Recorder:
             return True
         return self.n is None and x.dim() > 0  # functional code: the first tensor to meet a parameter
 
-    def layout(self, x: Tensor, where: str) -> Layout:
-        """Where the samples are in this activation; a CaptureError where that is not known."""
+    def layout(self, x: Tensor, where: str, axis: int = 0) -> Layout:
+        """Where the samples are in this activation; a CaptureError where that is not known.
+
+        axis: in the first activation of functional code, unless batch_dim says so.
+        """
         if self.n is None:
-            axis = self.batch_dim or 0
+            axis = axis if self.batch_dim is None else self.batch_dim
             if x.dim() <= axis:
                 raise CaptureError(f"{where}: an activation of shape {tuple(x.shape)} has no dimension {axis} for the samples")
             self.n = x.shape[axis]
+            self.places.put(x, Place(axis))
         place = self.places.of(x)
         if place is None and x.requires_grad:  # from code that cannot be followed
             place = self.places.guess(x)

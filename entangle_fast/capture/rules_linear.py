@@ -88,11 +88,26 @@ def _matmul(tape, func, args, kwargs):
         row = right.unsqueeze(0)
         tape.sources.derive(Tensor.unsqueeze, [right], row)
         return linear_with(tape, left, row, None).squeeze(-1)
-    if left in tape.sources and right not in tape.sources and left.dim() == 2 and right.dim() >= 3:
-        layout = tape.layout(right, "matmul")
-        axis = {right.dim() - 1: right.dim() - 2, right.dim() - 2: right.dim() - 1}.get(layout.axis, layout.axis)
-        return linear_with(tape, right.mT, left, None, replace(layout, axis=axis)).mT
+    if left in tape.sources and right not in tape.sources and left.dim() in (1, 2) and right.dim() >= 2:
+        return _weight_first(tape, left, right)
     return NotImplemented
+
+
+def _weight_first(tape, w: Tensor, x: Tensor) -> Tensor:
+    """w @ x: (d_out, d_in) or (d_in,) watched, x (…, d_in, m) with the samples in any dimension but d_in's."""
+    contracted = x.dim() - 2
+    layout = tape.layout(x, "matmul", axis=0 if contracted else 1)
+    if layout.axis == contracted:
+        raise CaptureError(
+            f"{tape.describe(w)}: torch's matmul(…) adds up over the samples of an activation of shape {tuple(x.shape)}, which stand in "
+            f"dimension {contracted}; give it weight @ x.T, or x @ weight.T"
+        )
+    axis = contracted if layout.axis > contracted else layout.axis
+    if w.dim() == 1:
+        row = w.unsqueeze(0)
+        tape.sources.derive(Tensor.unsqueeze, [w], row)
+        return linear_with(tape, x.mT, row, None, replace(layout, axis=axis)).squeeze(-1)
+    return linear_with(tape, x.mT, w, None, replace(layout, axis=axis)).mT
 
 
 def addmm(tape, func, args, kwargs):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agree
+from oracle import Case, agree
 from torch import Tensor, nn
 from zoo import Via, lively, simple, squares, weight
 
@@ -25,6 +25,11 @@ EXACT = {
     "convolution": (dict(w=weight(2, 5, 3)), lambda s, x: torch.convolution(x, s.w, None, [2], [1], [1], False, [0], 1)),
     "mv": (dict(w=weight(6)), lambda s, x: torch.stack([torch.mv(x[:, 0], s.w), x[:, 1].mv(s.w)], 1)),
     "linalg.matmul": (dict(w=weight(6, 3)), lambda s, x: torch.linalg.matmul(x, s.w)),
+    "weight first": (dict(w=weight(6, 6), b=weight(6, 1), v=weight(3, 6)), lambda s, x: (s.v @ F.gelu(s.w @ x[:, 0].T + s.b)).T),
+    "weight first, a vector": (dict(w=weight(6), v=weight(5)), lambda s, x: torch.cat(
+        [s.w @ x.mT, s.v @ x, (s.w @ x[:, 0].T)[:, None], torch.matmul(s.w, x.permute(1, 2, 0)).T], 1)),
+    "first, mm": (dict(w=weight(3, 6), b=weight(3, 1)), lambda s, x: torch.mm(s.w, x[:, 0].T).T + torch.addmm(s.b, s.w, x[:, 1].T).T),
+    "weight first, samples last": (dict(w=weight(3, 6)), lambda s, x: (s.w @ x.permute(1, 2, 0)).permute(2, 0, 1)),
     "addmm": (dict(w=weight(6, 3), b=weight(3)), lambda s, x: torch.addmm(s.b, x[:, 0], s.w, beta=2, alpha=3)),
     "addmv": (dict(w=weight(6), b=weight(1)), lambda s, x: torch.addmv(s.b, x[:, 0], s.w, alpha=2)[:, None]),
     "baddbmm": (dict(b=weight(5, 5)), lambda s, x: torch.baddbmm(s.b, x, x.mT, beta=0.5)),
@@ -56,6 +61,17 @@ def test_exact(name):
     agree(simple(Via(forward, **members), 5, 6))
 
 
+@pytest.mark.parametrize("n", [4, 6])
+def test_functional_code_with_the_weight_first(n):
+    """The first that meets a parameter is x.T: what is not summed over counts the samples."""
+    params = {"w": weight(6, 6), "b": weight(6, 1), "v": weight(6)}
+
+    def losses(p, batch):
+        return (p["v"] @ torch.tanh(p["w"] @ batch["x"].T + p["b"])).square()
+
+    agree(Case(params, lambda n: {"x": torch.randn(n, 6)}, losses, n=n, m=n), rtol=1e-5)
+
+
 # no rule in this spelling, or none at all
 REFUSED = {
     "bmm": (dict(w=weight(4, 6, 3)), lambda s, x: torch.bmm(x, s.w)),
@@ -77,6 +93,7 @@ REFUSED = {
     "cross": (dict(w=weight(6, 3)), lambda s, x: torch.linalg.cross(x.unflatten(-1, (2, 3))[:, 0], s.w[:1])),
     "mse_loss": (dict(w=weight(5, 6)), lambda s, x: F.mse_loss(x, s.w, reduction="none")),
     "einsum": (dict(w=weight(5, 6)), lambda s, x: torch.einsum("nti,ti->nt", x, s.w)),
+    "matmul with the weight first": (dict(w=weight(3, 4)), lambda s, x: s.w @ x[:, 0]),
     "addmm_": (dict(w=weight(6, 6)), lambda s, x: x[:, 0].clone().addmm_(x[:, 0], s.w)),
 }  # fmt: skip
 
