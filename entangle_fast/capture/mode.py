@@ -26,7 +26,7 @@ RULES = {
     **rules_spelled.RULES,
 }
 # lookups decide for themselves: ids that are the same for every sample still meet the batch
-_MEETS_BATCH = (F.embedding, torch.embedding)
+_MEETS_BATCH = (F.embedding, torch.embedding, F.embedding_bag, torch.embedding_bag)
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 # through these a tensor can be written to without autograd's knowledge
 _EXPOSES = {

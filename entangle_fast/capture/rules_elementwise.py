@@ -131,14 +131,18 @@ NO_VMAP = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell"}  # torch.func.vma
 
 def through_vmap(tape, func, args, kwargs):
     """The general path (strict=False): the function of one sample, mapped over the batch and a copy of the parameter."""
-    axis = tape.batch_dim or 0
+    name, inputs = function_name(func), tensors_in(args, kwargs)
+    watched = dict.fromkeys(tape.describe(x) for x in inputs if x in tape.sources)
+    what = f"{' and '.join(watched)}: {name}"
+    layouts = {id(x): tape.layout(x, what) for x in inputs if x not in tape.sources and tape.carries_samples(x)}
+    if any(layout.flat for layout in layouts.values()):
+        raise CaptureError(f"{what}: positions are folded into the dimension of the samples; give them one of their own, or freeze it")
 
     def per_sample(x):
-        if not isinstance(x, Tensor):
-            return x, None
-        if x in tape.sources:
+        if isinstance(x, Tensor) and x in tape.sources:
             return per_sample_copy(tape, x), 0
-        if tape.carries_samples(x):
+        if isinstance(x, Tensor) and id(x) in layouts:
+            axis = layouts[id(x)].axis
             return x.unsqueeze(axis + 1), axis  # the function still sees a batch, of one
         return x, None
 
@@ -149,29 +153,29 @@ def through_vmap(tape, func, args, kwargs):
     named = {k: per_sample(x) for k, x in kwargs.items()}
     try:
         out = torch.func.vmap(
-            lambda a, k: func(*a, **k), (tuple(d for _, d in pairs), {k: d for k, (_, d) in named.items()}), axis,
-            randomness="different",
+            lambda a, k: func(*a, **k), (tuple(d for _, d in pairs), {k: d for k, (_, d) in named.items()}), randomness="different",
         )(tuple(x for x, _ in pairs), {k: x for k, (x, _) in named.items()})  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise CaptureError(
-            f"{function_name(func)}: torch.func.vmap cannot map it over the samples ({error}); freeze its parameters with "
-            "requires_grad_(False)"
+            f"{what}: torch.func.vmap cannot map it over the samples ({error}); freeze its parameters with requires_grad_(False)"
         ) from error
-    out = torch.utils._pytree.tree_map(lambda y: y.squeeze(axis + 1) if isinstance(y, Tensor) else y, out)
-    _refuse_other_values(tape, func, plain, out)
-    for y in tensors_in(out):
-        tape.places.put(y, Place(axis))
-    return out
+    return torch.utils._pytree.tree_map(lambda y, want: _joined(tape, what, y, want) if isinstance(y, Tensor) else y, out, plain)
 
 
-def _refuse_other_values(tape, func, plain, out) -> None:
-    """One sample at a time gives what the function gives for the batch, but for rounding, or it mixes the samples."""
-    for y, want in zip(tensors_in(out), tensors_in(plain), strict=True):
-        if y.shape != want.shape or y.is_floating_point() and not (y - want).norm() <= torch.finfo(y.dtype).eps ** 0.5 * want.norm():
-            raise CaptureError(
-                f"{function_name(func)}: it gives other values for the batch than for each sample alone, so that samples share "
-                "gradients; freeze its parameters with requires_grad_(False)"
-            )
+def _joined(tape, what: str, rows: Tensor, want: Tensor) -> Tensor:
+    """What a function gives for each sample, (n, …, 1, …), as it gives it for the batch, ``want``; an error if it gives something else."""
+    each, whole = tuple(rows.shape[1:]), tuple(want.shape)
+    axis = next((d for d, size in enumerate(each) if size == 1 and (*each[:d], tape.n, *each[d + 1 :]) == whole), None)
+    y = rows if axis is None else rows.squeeze(axis + 1).movedim(0, axis)
+    near = y.shape == want.shape and (
+        not y.is_floating_point() or (y - want).norm() <= torch.finfo(y.dtype).eps ** 0.5 * want.norm())  # fmt: skip
+    if axis is None or not near:
+        raise CaptureError(
+            f"{what}: it gives other values for the batch than for each sample alone, so that samples share gradients; freeze its "
+            "parameters with requires_grad_(False)"
+        )
+    tape.places.put(y, Place(axis))
+    return y
 
 
 def _borrowed(tape, func, args, kwargs):

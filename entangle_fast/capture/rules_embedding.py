@@ -11,6 +11,7 @@ from .errors import CaptureError
 from .factors import EmbeddingFactor
 from .layout import no_view
 from .rules_elementwise import like
+from .sources import tensors_in
 
 
 class _Lookup(torch.autograd.Function):
@@ -41,22 +42,39 @@ def embedding(tape, func, args, kwargs):
         return input, weight, padding_idx, max_norm, scale_grad_by_freq
 
     ids, weight, padding_idx, max_norm, by_freq = bind(*args, **kwargs)
+    _refuse_batch_options(tape, weight, max_norm, by_freq)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    if not tape.carries_samples(ids):
+        return _shared_rows(tape, weight, ids, padding_idx)
+    return lookup(tape, weight, ids, padding_idx)
+
+
+def _refuse_batch_options(tape, weight: Tensor, max_norm, by_freq: bool) -> None:
     if max_norm is not None or by_freq:
         raise CaptureError(
             f"{tape.describe(weight)}: max_norm and scale_grad_by_freq make an embedding depend on the whole batch; unset "
             "them, or freeze it with requires_grad_(False)"
         )
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight.shape[0]
-    if not tape.carries_samples(ids):
-        return _shared_rows(tape, func, args, kwargs, weight, ids, padding_idx)
-    return lookup(tape, weight, ids, padding_idx)
 
 
-def _shared_rows(tape, func, args, kwargs, weight, ids, padding_idx):
+def embedding_bag(tape, func, args, kwargs):
+    """What the general paths would not notice: these options change the gradient alone, not the values."""
+    def bind(input, weight, offsets=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, mode="mean", sparse=False, *_, **__):
+        return weight, max_norm, scale_grad_by_freq, sparse
+
+    weight, max_norm, by_freq, sparse = bind(*args, **kwargs)
+    if weight in tape.sources and sparse:
+        raise CaptureError(f"{tape.describe(weight)}: embedding_bag with sparse=True; capture has rules for dense gradients only; unset it")
+    if weight in tape.sources and any(tape.carries_samples(x) for x in tensors_in(args, kwargs)):
+        _refuse_batch_options(tape, weight, max_norm, by_freq)
+    return NotImplemented
+
+
+def _shared_rows(tape, weight, ids, padding_idx):
     """The same rows for every sample (positions of shape (t,), a relative-position table): parameters alone."""
-    out = func(*args, **kwargs)
-    tape.sources.derive(func, [weight, ids], out)
+    out = F.embedding(ids, weight, padding_idx)  # whatever ``sparse`` says: sources have dense gradients
+    tape.sources.derive(F.embedding, [weight, ids], out)
     distinct = ids.unique().numel() == ids.numel() and (padding_idx is None or not (ids == padding_idx).any())
     if distinct and tape.sources[weight].isometric:
         tape.sources[out].isometric = True  # rows are selected, none twice
@@ -71,4 +89,4 @@ def _getitem(tape, func, args, kwargs):
     return NotImplemented
 
 
-RULES = {F.embedding: embedding, Tensor.__getitem__: _getitem}
+RULES = {F.embedding: embedding, F.embedding_bag: embedding_bag, Tensor.__getitem__: _getitem}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import CaptureError
-from .rules_embedding import embedding
+from .rules_embedding import embedding, embedding_bag
 from .rules_linear import addmm
 from .rules_norm import batch_norm, instance_norm
 from .sources import function_name
@@ -35,6 +35,13 @@ def _embedding(tape, func, args, kwargs):
         return indices, weight, None if padding_idx < 0 else padding_idx, None, 2.0, scale_grad_by_freq, sparse
 
     return embedding(tape, F.embedding, bind(*args, **kwargs), {})
+
+
+def _embedding_bag(tape, func, args, kwargs):
+    def bind(weight, indices, offsets, scale_grad_by_freq=False, mode=0, sparse=False, *_, **__):
+        return indices, weight, offsets, None, 2.0, scale_grad_by_freq, mode, sparse
+
+    return embedding_bag(tape, F.embedding_bag, bind(*args, **kwargs), {})
 
 
 def _index_select(tape, func, args, kwargs):
@@ -116,6 +123,7 @@ RULES = {
     torch.batch_norm: _batch_norm,
     torch.instance_norm: _instance_norm,
     torch.embedding: _embedding,
+    torch.embedding_bag: _embedding_bag,
     torch.index_select: _index_select, Tensor.index_select: _index_select,
     torch.addmm: _addmm, Tensor.addmm: _addmm,
     torch.addmv: _added, Tensor.addmv: _added,

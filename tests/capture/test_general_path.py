@@ -1,0 +1,111 @@
+"""strict=False through torch.func.vmap: wherever the samples stand, and bags of embeddings. A wrong gradient must be an error."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Case, agree, tape_of
+from torch import nn
+from zoo import Via, lively, simple, squares, weight
+
+import entangle_fast as ef
+
+N = 4
+
+
+def ids(x):
+    """(n, t, d) → (n, t), of 4 rows."""
+    return (x[..., 0] > 0).long() * 2 + (x[..., 1] > 0).long()
+
+
+def bag(mode="sum", **how):
+    return nn.EmbeddingBag(4, 3, mode=mode, **how)
+
+
+# what weighs the ids of a bag: data, an activation, a table, a parameter
+BAGS = {
+    "data": (lambda s, x: s.m(ids(x), per_sample_weights=x[..., 1]), {}),
+    "activation": (lambda s, x: s.m(ids(x), per_sample_weights=s.w(x)[..., 0]), dict(w=nn.Linear(6, 1))),
+    "table": (lambda s, x: s.m(ids(x), per_sample_weights=s.w(ids(x))[..., 0]), dict(w=nn.Embedding(4, 1))),
+    "parameter": (lambda s, x: s.m(ids(x), per_sample_weights=s.w.expand(len(x), 5)), dict(w=weight(5))),
+    "by keywords": (lambda s, x: F.embedding_bag(weight=s.m.weight, input=ids(x), mode="sum", per_sample_weights=x[..., 1]), {}),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", BAGS)
+def test_bags_with_weights(name, frozen):
+    forward, members = BAGS[name]
+    model = Via(lambda s, x: forward(s, x * s.scale), m=bag().requires_grad_(not frozen), scale=weight(6), **members)
+    agree(simple(model, 5, 6, options={"strict": False}))
+
+
+@pytest.mark.parametrize("how", [dict(mode="mean", padding_idx=1), dict(mode="max")])
+def test_bags_of_other_kinds(how):
+    agree(simple(Via(lambda s, x: s.m(ids(x)), m=bag(**how)), 5, 6, options={"strict": False}))
+
+
+SAME = lambda s, x: x[:, 0, :2] @ s.m(torch.arange(4).view(2, 2))  # noqa: E731  the same bags for every sample
+REFUSED = {
+    "scale_grad_by_freq": (bag("mean", scale_grad_by_freq=True), lambda s, x: s.m(ids(x)), "max_norm and scale_grad_by_freq make an"),
+    "max_norm": (bag(max_norm=1.0), lambda s, x: s.m(ids(x)), "max_norm and scale_grad_by_freq make an"),
+    "sparse": (bag(sparse=True), lambda s, x: s.m(ids(x)), "embedding_bag with sparse=True; .*; unset it"),
+    "sparse, the same bags": (bag(sparse=True), SAME, "embedding_bag with sparse=True; .*; unset it"),
+    "weights of the samples": (bag(), lambda s, x: s.m(ids(x), per_sample_weights=s.m.other), "embedding_bag: torch.func.vmap cannot"),
+    "offsets": (bag(), lambda s, x: s.m(ids(x).flatten(), torch.arange(0, 5 * N, 5)), "embedding_bag: positions are folded into the dim"),
+    "bags of positions": (bag(), lambda s, x: s.m(ids(x[:, :N]).T), "embedding_bag: it gives other values for the batch than for each"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bags_without_a_gradient_for_each_sample(name):
+    member, forward, message = REFUSED[name]
+    member.other = weight(N, 5)
+    model = lively(Via(forward, m=member))
+    with pytest.raises(ef.CaptureError, match=f"parameter 'm.weight'.*{message}"), ef.capture(model, strict=False):
+        model(torch.randn(N, 5, 6).double())
+
+
+def test_the_same_bags_for_every_sample_have_frequencies_of_their_own():
+    model, x = lively(Via(SAME, m=bag("mean", scale_grad_by_freq=True))), torch.randn(N, 5, 6).double()
+    ef.check_capture(model, lambda: squares(model(x)), rtol=1e-10)
+
+
+def test_a_sparse_table_of_positions():
+    x = torch.randn(N, 5, 6).double()
+    tapes = []
+    for sparse in (True, False):
+        torch.manual_seed(1)
+        case = simple(Via(lambda s, x: (x * s.m(torch.arange(5))).tanh(), m=nn.Embedding(5, 6, sparse=sparse)), 5, 6)
+        tapes.append(tape_of(case, {"x": x}))
+    torch.testing.assert_close(*(tape.gram() for tape in tapes))
+    torch.testing.assert_close(*(tape.per_sample() for tape in tapes))
+
+
+FIRST = lambda x: x.transpose(0, 1)  # noqa: E731  (n, t, d) ↔ (t, n, d)
+ELSEWHERE = {
+    "bilinear": (nn.Bilinear(6, 6, 2), lambda s, x: FIRST(s.m(FIRST(x), FIRST(x)))),
+    "cdist": (nn.Linear(6, 3), lambda s, x: FIRST(torch.cdist(FIRST(x), s.m.weight))),
+    "gru_cell": (nn.GRUCell(6, 2), lambda s, x: s.m(FIRST(x)[0])),
+    "embedding_bag": (bag(), lambda s, x: s.m(FIRST(FIRST(ids(x))))),
+    "conv_transpose1d": (nn.ConvTranspose1d(1, 2, 3), lambda s, x: s.m(FIRST(x)[0].unsqueeze(1))),
+}
+
+
+@pytest.mark.parametrize("t", [4, 5])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_samples_in_another_dimension(name, t):
+    """With as many positions as samples sizes tell nothing."""
+    member, forward = ELSEWHERE[name]
+    agree(simple(Via(forward, m=member), t, 6, options={"strict": False}))
+
+
+def test_positions_folded_into_the_samples():
+    model = lively(Via(lambda s, x: s.m(x.flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2]), m=nn.Bilinear(6, 6, 2)))
+    with pytest.raises(ef.CaptureError, match="'m.weight' and .*'m.bias': bilinear: positions are folded"), ef.capture(model, strict=False):
+        model(torch.randn(N, 5, 6).double())
+
+
+def test_functional_code_that_no_rule_has_met_yet():
+    params = {"w": weight(2, 6, 6).detach().double().requires_grad_()}
+    agree(Case(params, lambda n: {"x": torch.randn(n, 6).double()}, lambda p, b: F.bilinear(b["x"], b["x"], p["w"]).square().sum(1),
+               options={"strict": False}))  # fmt: skip
