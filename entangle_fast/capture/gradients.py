@@ -27,8 +27,8 @@ class Gradients(Places):
 
     forgiving = False
 
-    def __init__(self, tape):
-        super().__init__(tape)
+    def __init__(self, recorder):
+        super().__init__(recorder)
         self.called = True  # a tensor that is not known is a constant
 
     def of(self, x: Tensor):
@@ -89,18 +89,18 @@ def _where(place: Place) -> tuple[int, int, int]:
     return place.axis, place.outer, place.inner
 
 
-def watch_hook(tape, x: Tensor, hook: Callable) -> Callable:
+def watch_hook(recorder, x: Tensor, hook: Callable) -> Callable:
     """A hook on an activation's gradient (Tensor.register_hook), followed in the tape's own backward."""
-    place, ref = tape.places.of(x), weakref.ref(tape)
-    if not tape.strict or not isinstance(place, Place):
+    place, ref = recorder.places.of(x), weakref.ref(recorder)
+    if not recorder.strict or not isinstance(place, Place):
         return hook
     what = f"the hook on an activation of shape {tuple(x.shape)} (register_hook)"
 
     def followed(g):
-        tape = ref()
-        if tape is None or not tape.running or tape.n == 1:
+        recorder = ref()
+        if recorder is None or not recorder.running or recorder.n == 1:
             return hook(g)
-        return tape.gradients.run(what, hook, (g,), (g,), (place,), (place,))
+        return recorder.gradients.run(what, hook, (g,), (g,), (place,), (place,))
 
     return followed
 
@@ -111,18 +111,18 @@ def is_foreign(node) -> bool:
     return made_by is not None and not made_by.__module__.startswith(__package__)
 
 
-def watch_nodes(tape, nodes: Iterable, graph: Iterable, anchor) -> None:
+def watch_nodes(recorder, nodes: Iterable, graph: Iterable, anchor) -> None:
     """Custom Functions, and modules' full backward hooks, in the graph of the losses: followed in the tape's own backward.
 
     graph: all of its nodes.  anchor: the one that every captured parameter hangs on; what leads nowhere near it may add up samples.
     """
     reach = _leading_to(anchor, graph)
     with DisableTorchFunction():
-        alive = {(x.grad_fn, x.output_nr): place for x, place in tape.places.alive() if x.grad_fn is not None}
+        alive = {(x.grad_fn, x.output_nr): place for x, place in recorder.places.alive() if x.grad_fn is not None}
         into = {node for foreign in nodes for node in (foreign, *(parent for parent, _ in foreign.next_functions)) if node is not None}
         known = {(node, k): place for node in into for k, place in noted(node).items()} | alive
         for node in nodes:
-            (_watch_module_hooks if node._forward_cls is BackwardHookFunction else _watch_backward)(tape, node, known, reach)
+            (_watch_module_hooks if node._forward_cls is BackwardHookFunction else _watch_backward)(recorder, node, known, reach)
 
 
 def _leading_to(anchor, graph: Iterable) -> set:
@@ -148,24 +148,24 @@ def _placed(grads: Sequence, at: Callable, n: int) -> list[Place | None]:
     return places
 
 
-def _watch_backward(tape, node, known: dict, reach: set) -> None:
-    ref, mine, own = weakref.ref(tape), weakref.ref(node), type(node)
+def _watch_backward(recorder, node, known: dict, reach: set) -> None:
+    ref, mine, own = weakref.ref(recorder), weakref.ref(node), type(node)
     there = {k: place for (made_by, k), place in known.items() if made_by is node}
     wanted = [known.get((into, k), _ANYWHERE) if into in reach else None for into, k in node.next_functions]
     name = own._forward_cls.__name__
 
     def apply(*grads):
-        tape, node = ref(), mine()
-        if tape is None or not tape.running:
+        recorder, node = ref(), mine()
+        if recorder is None or not recorder.running:
             return own.apply(node, *grads)
-        places = _placed(grads, there.get, tape.n)
-        return tape.gradients.run(f"autograd.Function {name}, its backward", own.apply, (node, *grads), grads, places, wanted)
+        places = _placed(grads, there.get, recorder.n)
+        return recorder.gradients.run(f"autograd.Function {name}, its backward", own.apply, (node, *grads), grads, places, wanted)
 
     node.apply = apply  # what the engine calls: an attribute of this one node
 
 
-def _watch_module_hooks(tape, node, known: dict, reach: set) -> None:
-    ref = weakref.ref(tape)
+def _watch_module_hooks(recorder, node, known: dict, reach: set) -> None:
+    ref = weakref.ref(recorder)
     there = {k: place for (made_by, k), place in known.items() if made_by is node}
     handle = node.register_hook(lambda *_: None)
     hooks = handle.hooks_dict_ref()  # all of the node's
@@ -176,11 +176,11 @@ def _watch_module_hooks(tape, node, known: dict, reach: set) -> None:
         what = f"the backward hook of a module {type(owner).__name__}"
 
         def followed(into, out):
-            tape = ref()
-            if tape is None or not tape.running:
+            recorder = ref()
+            if recorder is None or not recorder.running:
                 return hook(into, out)
-            places = _placed(into, there.get, tape.n)
-            return tape.gradients.run(what, hook, (into, out), (*into, *out), places * 2, [p or _ANYWHERE for p in places])
+            places = _placed(into, there.get, recorder.n)
+            return recorder.gradients.run(what, hook, (into, out), (*into, *out), places * 2, [p or _ANYWHERE for p in places])
 
         return followed
 

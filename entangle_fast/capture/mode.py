@@ -36,46 +36,46 @@ _EXPOSES = {
 
 
 class CaptureMode(TorchFunctionMode):
-    """Active inside ``with ef.capture(model)``; ``tape`` is the recorder that rules write to."""
+    """Active inside ``with ef.capture(model)``; rules write to its recorder."""
 
-    def __init__(self, tape):
+    def __init__(self, recorder):
         super().__init__()
-        self._tape = weakref.ref(tape)  # no cycle: factors go when the tape goes
+        self._recorder = weakref.ref(recorder)  # no cycle: factors go when the tape goes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tape = self._tape()
+        recorder = self._recorder()
         if func is torch.autograd.grad:
-            with tape.gradients_asked(kwargs.get("create_graph", len(args) > 4 and args[4])):
+            with recorder.gradients_asked(kwargs.get("create_graph", len(args) > 4 and args[4])):
                 return func(*args, **kwargs)
-        if tape.idle:
+        if recorder.idle:
             return func(*args, **kwargs)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            tape.recomputes = True
+            recorder.recomputes = True
         if func in _EXPOSES:
-            expose(tape, args[0])
+            expose(recorder, args[0])
         if func is Tensor.register_hook:
             return func(*self._hook(*args, **kwargs))
         if func in _BATCH_NORMS:
             rules_norm.refuse_batch_statistics(*args, **kwargs)
         inputs = tensors_in(args, kwargs)
-        watched = [x for x in inputs if x in tape.sources]
+        watched = [x for x in inputs if x in recorder.sources]
         if not watched or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
         else:
             out = self._with_parameters(func, args, kwargs, inputs, watched)
-        tape.places.follow(func, args, kwargs, inputs, out)
+        recorder.places.follow(func, args, kwargs, inputs, out)
         return out
 
     def _hook(self, x: Tensor, hook):
         """A hook on a weight's gradient may look on (it sees what is pulled back through x), not change it; others are followed."""
-        tape = self._tape()
-        if x not in tape.sources:
-            return x, watch_hook(tape, x, hook)
-        what = f"{tape.describe(x)}: a hook on its gradient (register_hook)"
-        if tape.sources[x].identity:
+        recorder = self._recorder()
+        if x not in recorder.sources:
+            return x, watch_hook(recorder, x, hook)
+        what = f"{recorder.describe(x)}: a hook on its gradient (register_hook)"
+        if recorder.sources[x].identity:
             raise CaptureError(f"{what} would not run: no weight gradient is formed; remove the hook, or freeze the parameter")
-        tape.sources[x].isometric = False  # nothing is contracted without passing here
+        recorder.sources[x].isometric = False  # nothing is contracted without passing here
 
         def look(g):
             if hook(g) is not None:
@@ -84,34 +84,34 @@ class CaptureMode(TorchFunctionMode):
         return x, look
 
     def _with_parameters(self, func, args, kwargs, inputs, watched):
-        tape = self._tape()
-        batch_free = not any(tape.carries_samples(x) for x in inputs)
-        if changes_in_place(func) and isinstance(args[0], Tensor) and args[0] in tape.sources:
+        recorder = self._recorder()
+        batch_free = not any(recorder.carries_samples(x) for x in inputs)
+        if changes_in_place(func) and isinstance(args[0], Tensor) and args[0] in recorder.sources:
             if not batch_free:
                 raise CaptureError(
-                    f"{tape.describe(args[0])}: torch's {function_name(func)}(…) writes the batch into a tensor that was "
+                    f"{recorder.describe(args[0])}: torch's {function_name(func)}(…) writes the batch into a tensor that was "
                     "computed from parameters alone; use the out-of-place form"
                 )
             out = func(*args, **kwargs)
-            tape.sources.changed(args[0], inputs)
+            recorder.sources.changed(args[0], inputs)
             return out
         rule = RULES.get(func)
         if rule is not None and not (batch_free and func not in _MEETS_BATCH):
-            out = rule(tape, func, args, kwargs)
+            out = rule(recorder, func, args, kwargs)
             if out is not NotImplemented:
                 return out
         if batch_free:
-            if (out := rules_elementwise.repeat_over_batch(tape, func, args, kwargs)) is not NotImplemented:
+            if (out := rules_elementwise.repeat_over_batch(recorder, func, args, kwargs)) is not NotImplemented:
                 return out
             out = func(*args, **kwargs)
-            tape.sources.derive(func, inputs, out, args)
+            recorder.sources.derive(func, inputs, out, args)
             return out
-        if tape.strict:
+        if recorder.strict:
             other = "" if function_name(func) in rules_elementwise.NO_VMAP else (
                 ", or take the slower general path: ef.capture(model, strict=False)"
             )
             raise CaptureError(
-                f"{tape.describe(watched[0])}: no rule for torch's {function_name(func)}(…) on a parameter; freeze it with "
+                f"{recorder.describe(watched[0])}: no rule for torch's {function_name(func)}(…) on a parameter; freeze it with "
                 f"requires_grad_(False){other}"
             )
-        return rules_elementwise.through_vmap(tape, func, args, kwargs)
+        return rules_elementwise.through_vmap(recorder, func, args, kwargs)

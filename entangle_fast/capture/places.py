@@ -25,16 +25,16 @@ class Places:
 
     forgiving = True  # of data: what no gradient flows through may mix the samples
 
-    def __init__(self, tape):
-        self._tape = weakref.ref(tape)  # no cycle: factors go when the tape goes
+    def __init__(self, recorder):
+        self._recorder = weakref.ref(recorder)  # no cycle: factors go when the tape goes
         self._at: dict[int, tuple[weakref.ref, object]] = {}
         self._inside: set[int] = set()  # ids of what was made without autograd, as in a custom Function
         self._constants: dict[int, weakref.ref] = {}  # functional code only: made inside the `with` from nothing
         self.called = False  # the model itself was called: then all of the batch is known
 
     @property
-    def tape(self):
-        return self._tape()
+    def recorder(self):
+        return self._recorder()
 
     def get(self, x: Tensor):
         found = self._at.get(id(x))
@@ -51,7 +51,7 @@ class Places:
 
     def guess(self, x: Tensor):
         """The place of a tensor from outside, by its sizes; None where they say nothing."""
-        n, dim = self.tape.n, self.tape.batch_dim
+        n, dim = self.recorder.n, self.recorder.batch_dim
         if not n or x.dim() == 0:
             return None
         axis = dim or 0
@@ -70,11 +70,11 @@ class Places:
 
     def of(self, x: Tensor):
         """As ``get``, a tensor from outside being placed by its sizes where that is allowed."""
-        if x in self.tape.sources:
+        if x in self.recorder.sources:
             return None
         if (place := self.get(x)) is not None or self.called and not x.requires_grad or self.is_constant(x):
             return place
-        if (place := self.guess(x)) is not None and not self.tape.is_buffer(x):
+        if (place := self.guess(x)) is not None and not self.recorder.is_buffer(x):
             self.put(x, place)
             return place
         return None
@@ -98,7 +98,7 @@ class Places:
         if not placed:
             for y in tensors_in(out):
                 if self._repeats_constants(name, inputs, y):
-                    self.put(y, Place(self.tape.batch_dim or 0, soft=True))
+                    self.put(y, Place(self.recorder.batch_dim or 0, soft=True))
                 elif not self.called and (inputs or name in _MADE) and all(map(self._says_nothing, inputs)):
                     self._constants[id(y)] = weakref.ref(y)
                 else:
@@ -106,7 +106,7 @@ class Places:
             return
         targets = tensors_in(out) if target is None else [target]
         for k, y in enumerate(targets):
-            if name == "__get__" or y in self.tape.sources:
+            if name == "__get__" or y in self.recorder.sources:
                 continue
             if target is None and follower(name) is unknown and self.get(y) is not None and any(y is not x for x, _ in placed):
                 continue  # a rule knew it
@@ -136,7 +136,7 @@ class Places:
                 return False
         elif name not in ELEMENTWISE:
             return False
-        return len(out.shape) > place.axis and out.shape[place.axis] == place.size(self.tape.n)
+        return len(out.shape) > place.axis and out.shape[place.axis] == place.size(self.recorder.n)
 
     def _rewritten(self, y: Tensor, place, name: str) -> None:
         """y was written to, and its samples are elsewhere now: so are those of the tensors that share its memory."""
@@ -154,11 +154,11 @@ class Places:
         return [x for x in (root, *(x for x, _ in self.alive() if x is not root and x._base is root)) if x is not y]
 
     def _says_nothing(self, x: Tensor) -> bool:
-        return self.is_constant(x) or x in self.tape.sources
+        return self.is_constant(x) or x in self.recorder.sources
 
     def _repeats_constants(self, name: str, inputs: list[Tensor], y: Tensor) -> bool:
         """Were the same constants given to each of the n samples? (token types, positions expanded to the batch)"""
-        axis, n = self.tape.batch_dim or 0, self.tape.n
+        axis, n = self.recorder.batch_dim or 0, self.recorder.n
         if n is None or y.dim() <= axis or y.shape[axis] != n or y.requires_grad:
             return False
         if name in _GROWING and inputs:
@@ -171,7 +171,7 @@ class Places:
         if lost is not None:
             mixed = next((p for _, p in placed if isinstance(p, Lost) and p.mixed), lost)
             return mixed
-        n = self.tape.n
+        n = self.recorder.n
         rows = {p.index for _, p in placed if isinstance(p, Row)}
         if rows:
             if name == "stack" and len(placed) == n and [p for _, p in placed] == [Row(i) for i in range(n)]:
@@ -183,7 +183,7 @@ class Places:
             mixed = others and any(x.requires_grad for x, p in placed if isinstance(p, Row))
             return Lost(f"{name}(…) joins tensors of single samples", mixed)
         follow = follower(name)
-        if follow is unknown and not self.tape.strict:
+        if follow is unknown and not self.recorder.strict:
             follow = follower("clone")
         place = follow(Call(name, args, kwargs, placed, y, k, out, n))
         if not isinstance(place, Lost) or n == 1:
@@ -195,7 +195,7 @@ class Places:
         return place
 
     def _checked(self, place, y: Tensor, name: str):
-        n = self.tape.n
+        n = self.recorder.n
         if n == 1 and not isinstance(place, Place):
             if y.dim() == 0:
                 return Lost("it has no dimension left")

@@ -1,4 +1,4 @@
-"""What rules talk to while a model runs, who call it their tape, and where the factors arrive while the backward does."""
+"""What rules talk to while a model runs, and where the factors arrive while the backward does."""
 
 from __future__ import annotations
 

@@ -57,15 +57,15 @@ class Remake:
             self.shared[1], self.shared[2] = self.make(node) if x is None or x._version else x.detach(), True
 
 
-def expose(tape, x: Tensor) -> None:
+def expose(recorder, x: Tensor) -> None:
     """x can be written to behind autograd's back: what is made from it so far is kept, and nothing is made again from now on."""
     with DisableTorchFunction():
-        for remake in [made for ref in tape.remakes if (made := ref()) is not None]:
+        for remake in [made for ref in recorder.remakes if (made := ref()) is not None]:
             remake.keep_from(x)
-    tape.exposed = tape.exposed or x not in tape.sources
+    recorder.exposed = recorder.exposed or x not in recorder.sources
 
 
-def remaker(tape, x: Tensor) -> Remake | None:
+def remaker(recorder, x: Tensor) -> Remake | None:
     """A call that makes x again while the backward runs, or None where x has to be kept.
 
     It asks the node that made x, whose own backward comes later. Hooks on saved tensors (activation checkpointing,
@@ -74,10 +74,10 @@ def remaker(tape, x: Tensor) -> Remake | None:
     """
     node, name = x.grad_fn, type(x.grad_fn).__name__
     make = _MAKERS.get(name) or _OURS.get(getattr(node, "_forward_cls", None))
-    if make is None or x.nbytes <= _SMALL or x._version or tape.recomputes or tape.exposed:
+    if make is None or x.nbytes <= _SMALL or x._version or recorder.recomputes or recorder.exposed:
         return None
     if name == "MulBackward0" and (node._saved_self is None or node._saved_other is None):
         return None  # one side needs no gradient: the other was not saved
     made = Remake(make, x)
-    tape.remakes.append(weakref.ref(made))
+    recorder.remakes.append(weakref.ref(made))
     return made

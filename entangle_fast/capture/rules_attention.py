@@ -25,31 +25,31 @@ def _transparent():
     return inner
 
 
-def _attention(tape, func, args, kwargs):
+def _attention(recorder, func, args, kwargs):
     query = args[0] if args else kwargs["query"]
     if query.dim() != 3:
         raise CaptureError(f"nn.MultiheadAttention: query of shape {tuple(query.shape)} has no batch; needs three dimensions")
-    place = tape.places.of(query)
-    if isinstance(place, Place) and place.axis != 1 and tape.n > 1:
+    place = recorder.places.of(query)
+    if isinstance(place, Place) and place.axis != 1 and recorder.n > 1:
         raise CaptureError(
             f"nn.MultiheadAttention: query of shape {tuple(query.shape)} has its samples in dimension {place.axis}, attention takes "
             "dimension 1 for them: the samples would attend to each other; if the model's inputs have positions before samples, "
             "say ef.capture(model, batch_dim=1)"
         )
-    with tape.positions_first(), tape.mode:
+    with recorder.positions_first(), recorder.mode:
         return _transparent()(*args, **kwargs)
 
 
-def _scaled_dot_product(tape, func, args, kwargs):
+def _scaled_dot_product(recorder, func, args, kwargs):
     """A learned bias on the scores (T5's relative positions): a copy for each sample."""
     def bind(query, key, value, attn_mask=None, *rest, **options):
         return query, key, value, attn_mask, rest, options
 
     query, key, value, mask, rest, options = bind(*args, **kwargs)
-    if mask is None or mask not in tape.sources or any(x in tape.sources for x in (query, key, value)):
+    if mask is None or mask not in recorder.sources or any(x in recorder.sources for x in (query, key, value)):
         return NotImplemented
     scores = torch.broadcast_shapes(mask.shape, (*query.shape[:-1], key.shape[-2]))
-    rows = aligned(tape, mask, tape.layout(query, "scaled_dot_product_attention"), scores)
+    rows = aligned(recorder, mask, recorder.layout(query, "scaled_dot_product_attention"), scores)
     return func(query, key, value, rows, *rest, **options)
 
 

@@ -49,16 +49,16 @@ def _factor(ctx, x, g):
     return ConvFactor(x, g, (1, *ctx.kernel_size), stride, padding, dilation, ctx.groups)
 
 
-def _conv(tape, func, args, kwargs):
+def _conv(recorder, func, args, kwargs):
     def bind(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         return input, weight, bias, stride, padding, dilation, groups
 
     x, weight, bias, stride, padding, dilation, groups = bind(*args, **kwargs)
     nd = weight.dim() - 2
-    tape.refuse_samples("convolution", weight, bias)
+    recorder.refuse_samples("convolution", weight, bias)
     if x.dim() != nd + 2:
         raise CaptureError(f"convolution: input of shape {tuple(x.shape)} has no batch dimension; needs (n, C, *size)")
-    layout = tape.layout(x, "convolution")
+    layout = recorder.layout(x, "convolution")
     if layout.axis or (layout.flat and nd == 3):
         raise CaptureError(
             f"convolution: input of shape {tuple(x.shape)} has {'several images' if layout.flat else 'channels'} where the samples "
@@ -67,13 +67,13 @@ def _conv(tape, func, args, kwargs):
     stride, dilation = _spread(stride, nd), _spread(dilation, nd)
     if isinstance(padding, str):
         x, padding = _named_padding(x, padding, weight.shape[2:], dilation)
-    tape.refuse_dtypes("convolution", x, weight, bias)
-    dtype = tape.autocast_dtype(x)
+    recorder.refuse_dtypes("convolution", x, weight, bias)
+    dtype = recorder.autocast_dtype(x)
     x = x.to(dtype)
-    w, weight_use = tape.use(weight, dtype)
-    b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
+    w, weight_use = recorder.use(weight, dtype)
+    b, bias_use = recorder.use(bias, dtype) if bias is not None else (None, None)
     shape = (stride, _spread(padding, nd), dilation)
-    return _Conv.apply(x, tape.anchor, w, b, shape, groups, layout, weight_use, bias_use, remaker(tape, x))
+    return _Conv.apply(x, recorder.anchor, w, b, shape, groups, layout, weight_use, bias_use, remaker(recorder, x))
 
 
 def _spread(value, nd: int) -> tuple[int, ...]:

@@ -35,84 +35,84 @@ class _PerSample(torch.autograd.Function):
         return None, None, None, None
 
 
-def per_sample_copy(tape, p: Tensor) -> Tensor:
+def per_sample_copy(recorder, p: Tensor) -> Tensor:
     """A watched tensor as (n, *shape), one row for each sample."""
-    cut, use = tape.use(p, p.dtype)
-    return _PerSample.apply(tape.anchor, cut, tape.n, use)
+    cut, use = recorder.use(p, p.dtype)
+    return _PerSample.apply(recorder.anchor, cut, recorder.n, use)
 
 
-def aligned(tape, p: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+def aligned(recorder, p: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
     """A watched tensor, one copy a sample, broadcastable to an activation of this shape."""
-    if tape.n == 1:  # every use is the one sample's
-        return per_sample_copy(tape, p)[0]
+    if recorder.n == 1:  # every use is the one sample's
+        return per_sample_copy(recorder, p)[0]
     full = (1,) * (len(shape) - p.dim()) + tuple(p.shape)
     if full[layout.axis] != 1:
         raise CaptureError(
-            f"{tape.describe(p)}: shape {tuple(p.shape)} meets an activation {tuple(shape)} position by position along "
+            f"{recorder.describe(p)}: shape {tuple(p.shape)} meets an activation {tuple(shape)} position by position along "
             "the batch; a parameter that indexes the samples has no per-sample gradient"
         )
     others = [s for d, s in enumerate(full) if d != layout.axis]
-    return layout.spread(per_sample_copy(tape, p).reshape(tape.n, *others), shape)
+    return layout.spread(per_sample_copy(recorder, p).reshape(recorder.n, *others), shape)
 
 
-def elementwise(tape, func, args, kwargs):
+def elementwise(recorder, func, args, kwargs):
     """Any broadcasting function of activations and watched tensors."""
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-    batch = next(x for x in inputs if tape.carries_samples(x))
-    layout = tape.layout(batch, function_name(func))
+    batch = next(x for x in inputs if recorder.carries_samples(x))
+    layout = recorder.layout(batch, function_name(func))
     layout = replace(layout, axis=layout.axis + len(shape) - batch.dim())
     dtype = None  # a scalar parameter must not widen the result
-    if any(x.dim() == 0 and x in tape.sources for x in inputs):
+    if any(x.dim() == 0 and x in recorder.sources for x in inputs):
         dtype = functools.reduce(torch.promote_types, [x.dtype for x in inputs if x.dim() and x.is_floating_point()] or [None])
 
     def swap(x):
-        if not isinstance(x, Tensor) or x not in tape.sources:
+        if not isinstance(x, Tensor) or x not in recorder.sources:
             return x
-        rows = aligned(tape, x, layout, shape)
+        rows = aligned(recorder, x, layout, shape)
         return rows if x.dim() or dtype is None else rows.to(dtype)
 
     return func(*(swap(x) for x in args), **{k: swap(x) for k, x in kwargs.items()})
 
 
-def like(tape, x: Tensor, y: Tensor) -> Tensor:
+def like(recorder, x: Tensor, y: Tensor) -> Tensor:
     """y, made from x inside a rule, has its samples where x has them."""
-    if (place := tape.places.of(x)) is not None:
-        tape.places.put(y, place)
+    if (place := recorder.places.of(x)) is not None:
+        recorder.places.put(y, place)
     return y
 
 
-def add_parameter(tape, x: Tensor, p: Tensor) -> Tensor:
-    return elementwise(tape, torch.add, (x, p), {})
+def add_parameter(recorder, x: Tensor, p: Tensor) -> Tensor:
+    return elementwise(recorder, torch.add, (x, p), {})
 
 
-def multiply_parameter(tape, x: Tensor, p: Tensor) -> Tensor:
-    return elementwise(tape, torch.mul, (x, p), {})
+def multiply_parameter(recorder, x: Tensor, p: Tensor) -> Tensor:
+    return elementwise(recorder, torch.mul, (x, p), {})
 
 
-def _prelu(tape, func, args, kwargs):
+def _prelu(recorder, func, args, kwargs):
     def bind(input, weight):
         return input, weight
 
     x, weight = bind(*args, **kwargs)
     slope = weight.view(-1, *(1,) * (x.dim() - 2)) if x.dim() > 2 and weight.numel() > 1 else weight
-    tape.sources.derive(Tensor.view, [weight], slope)
-    return (F.relu(x) - multiply_parameter(tape, like(tape, x, F.relu(-x)), slope)).to(x.dtype)
+    recorder.sources.derive(Tensor.view, [weight], slope)
+    return (F.relu(x) - multiply_parameter(recorder, like(recorder, x, F.relu(-x)), slope)).to(x.dtype)
 
 
 _GROWING = {"expand", "expand_as", "repeat", "broadcast_to", "tile", "repeat_interleave"}
 
 
-def repeat_over_batch(tape, func, args, kwargs):
+def repeat_over_batch(recorder, func, args, kwargs):
     """A class token or query expanded to the batch by the model itself: from here on it has a row for each sample."""
     p = args[0] if args else None
     name = function_name(func)
-    if name not in _GROWING or tape.n is None or not isinstance(p, Tensor) or p not in tape.sources:
+    if name not in _GROWING or recorder.n is None or not isinstance(p, Tensor) or p not in recorder.sources:
         return NotImplemented
     out = func(*args, **kwargs)
-    axis = tape.batch_dim or 0
+    axis = recorder.batch_dim or 0
     axis = axis if axis < out.dim() else 0
-    if out.dim() == 0 or out.shape[axis] != tape.n:
+    if out.dim() == 0 or out.shape[axis] != recorder.n:
         return NotImplemented
     full = (1,) * (out.dim() - p.dim()) + tuple(p.shape)
     if full[axis] != 1:
@@ -121,26 +121,26 @@ def repeat_over_batch(tape, func, args, kwargs):
     shape = [s for d, s in enumerate(out.shape) if d != axis]
     if name in ("repeat", "tile", "repeat_interleave") and others != shape:
         return NotImplemented  # repeated along other dimensions too
-    rows = per_sample_copy(tape, p).reshape(tape.n, *others).expand(tape.n, *shape).movedim(0, axis)
-    tape.places.put(rows, Place(axis))
+    rows = per_sample_copy(recorder, p).reshape(recorder.n, *others).expand(recorder.n, *shape).movedim(0, axis)
+    recorder.places.put(rows, Place(axis))
     return rows
 
 
 NO_VMAP = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell"}  # torch.func.vmap cannot map these
 
 
-def through_vmap(tape, func, args, kwargs):
+def through_vmap(recorder, func, args, kwargs):
     """The general path (strict=False): the function of one sample, mapped over the batch and a copy of the parameter."""
     name, inputs = function_name(func), tensors_in(args, kwargs)
-    watched = dict.fromkeys(tape.describe(x) for x in inputs if x in tape.sources)
+    watched = dict.fromkeys(recorder.describe(x) for x in inputs if x in recorder.sources)
     what = f"{' and '.join(watched)}: {name}"
-    layouts = {id(x): tape.layout(x, what) for x in inputs if x not in tape.sources and tape.carries_samples(x)}
+    layouts = {id(x): recorder.layout(x, what) for x in inputs if x not in recorder.sources and recorder.carries_samples(x)}
     if any(layout.flat for layout in layouts.values()):
         raise CaptureError(f"{what}: positions are folded into the dimension of the samples; give them one of their own, or freeze it")
 
     def per_sample(x):
-        if isinstance(x, Tensor) and x in tape.sources:
-            return per_sample_copy(tape, x), 0
+        if isinstance(x, Tensor) and x in recorder.sources:
+            return per_sample_copy(recorder, x), 0
         if isinstance(x, Tensor) and id(x) in layouts:
             axis = layouts[id(x)].axis
             return x.unsqueeze(axis + 1), axis  # the function still sees a batch, of one
@@ -159,13 +159,13 @@ def through_vmap(tape, func, args, kwargs):
         raise CaptureError(
             f"{what}: torch.func.vmap cannot map it over the samples ({error}); freeze its parameters with requires_grad_(False)"
         ) from error
-    return torch.utils._pytree.tree_map(lambda y, want: _joined(tape, what, y, want) if isinstance(y, Tensor) else y, out, plain)
+    return torch.utils._pytree.tree_map(lambda y, want: _joined(recorder, what, y, want) if isinstance(y, Tensor) else y, out, plain)
 
 
-def _joined(tape, what: str, rows: Tensor, want: Tensor) -> Tensor:
+def _joined(recorder, what: str, rows: Tensor, want: Tensor) -> Tensor:
     """What a function gives for each sample, (n, …, 1, …), as it gives it for the batch, ``want``; an error if it gives something else."""
     each, whole = tuple(rows.shape[1:]), tuple(want.shape)
-    axis = next((d for d, size in enumerate(each) if size == 1 and (*each[:d], tape.n, *each[d + 1 :]) == whole), None)
+    axis = next((d for d, size in enumerate(each) if size == 1 and (*each[:d], recorder.n, *each[d + 1 :]) == whole), None)
     y = rows if axis is None else rows.squeeze(axis + 1).movedim(0, axis)
     near = y.shape == want.shape and (
         not y.is_floating_point() or (y - want).norm() <= torch.finfo(y.dtype).eps ** 0.5 * want.norm())  # fmt: skip
@@ -174,20 +174,20 @@ def _joined(tape, what: str, rows: Tensor, want: Tensor) -> Tensor:
             f"{what}: it gives other values for the batch than for each sample alone, so that samples share gradients; freeze its "
             "parameters with requires_grad_(False)"
         )
-    tape.places.put(y, Place(axis))
+    recorder.places.put(y, Place(axis))
     return y
 
 
-def _borrowed(tape, func, args, kwargs):
+def _borrowed(recorder, func, args, kwargs):
     """The second tensor lends its shape or dtype, not its values."""
-    if args[0] in tape.sources:
+    if args[0] in recorder.sources:
         return NotImplemented
     return func(args[0], *(x.detach() if isinstance(x, Tensor) else x for x in args[1:]), **kwargs)
 
 
-def _compared(tape, func, args, kwargs):
+def _compared(recorder, func, args, kwargs):
     """No gradient: the values will do."""
-    bare = [tape.sources[x].cut if isinstance(x, Tensor) and x in tape.sources else x for x in args]
+    bare = [recorder.sources[x].cut if isinstance(x, Tensor) and x in recorder.sources else x for x in args]
     return func(*bare, **kwargs)
 
 

@@ -30,62 +30,64 @@ class _Lookup(torch.autograd.Function):
         return (None,) * 6
 
 
-def lookup(tape, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+def lookup(recorder, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     """weight (num, d) watched, ids integers of any shape."""
-    layout = tape.layout(ids, "embedding")
-    w, use = tape.use(weight, weight.dtype)
-    return _Lookup.apply(tape.anchor, w, ids, layout, padding_idx, use)
+    layout = recorder.layout(ids, "embedding")
+    w, use = recorder.use(weight, weight.dtype)
+    return _Lookup.apply(recorder.anchor, w, ids, layout, padding_idx, use)
 
 
-def embedding(tape, func, args, kwargs):
+def embedding(recorder, func, args, kwargs):
     def bind(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
         return input, weight, padding_idx, max_norm, scale_grad_by_freq
 
     ids, weight, padding_idx, max_norm, by_freq = bind(*args, **kwargs)
-    _refuse_batch_options(tape, weight, max_norm, by_freq)
+    _refuse_batch_options(recorder, weight, max_norm, by_freq)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    if not tape.carries_samples(ids):
-        return _shared_rows(tape, weight, ids, padding_idx)
-    return lookup(tape, weight, ids, padding_idx)
+    if not recorder.carries_samples(ids):
+        return _shared_rows(recorder, weight, ids, padding_idx)
+    return lookup(recorder, weight, ids, padding_idx)
 
 
-def _refuse_batch_options(tape, weight: Tensor, max_norm, by_freq: bool) -> None:
+def _refuse_batch_options(recorder, weight: Tensor, max_norm, by_freq: bool) -> None:
     if max_norm is not None or by_freq:
         raise CaptureError(
-            f"{tape.describe(weight)}: max_norm and scale_grad_by_freq make an embedding depend on the whole batch; unset "
+            f"{recorder.describe(weight)}: max_norm and scale_grad_by_freq make an embedding depend on the whole batch; unset "
             "them, or freeze it with requires_grad_(False)"
         )
 
 
-def embedding_bag(tape, func, args, kwargs):
+def embedding_bag(recorder, func, args, kwargs):
     """What the general paths would not notice: these options change the gradient alone, not the values."""
     def bind(input, weight, offsets=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, mode="mean", sparse=False, *_, **__):
         return weight, max_norm, scale_grad_by_freq, sparse
 
     weight, max_norm, by_freq, sparse = bind(*args, **kwargs)
-    if weight in tape.sources and sparse:
-        raise CaptureError(f"{tape.describe(weight)}: embedding_bag with sparse=True; capture has rules for dense gradients only; unset it")
-    if weight in tape.sources and any(tape.carries_samples(x) for x in tensors_in(args, kwargs)):
-        _refuse_batch_options(tape, weight, max_norm, by_freq)
+    if weight in recorder.sources and sparse:
+        raise CaptureError(
+            f"{recorder.describe(weight)}: embedding_bag with sparse=True; capture has rules for dense gradients only; unset it"
+        )
+    if weight in recorder.sources and any(recorder.carries_samples(x) for x in tensors_in(args, kwargs)):
+        _refuse_batch_options(recorder, weight, max_norm, by_freq)
     return NotImplemented
 
 
-def _shared_rows(tape, weight, ids, padding_idx):
+def _shared_rows(recorder, weight, ids, padding_idx):
     """The same rows for every sample (positions of shape (t,), a relative-position table): parameters alone."""
     out = F.embedding(ids, weight, padding_idx)  # whatever ``sparse`` says: sources have dense gradients
-    tape.sources.derive(F.embedding, [weight, ids], out)
+    recorder.sources.derive(F.embedding, [weight, ids], out)
     distinct = ids.unique().numel() == ids.numel() and (padding_idx is None or not (ids == padding_idx).any())
-    if distinct and tape.sources[weight].isometric:
-        tape.sources[out].isometric = True  # rows are selected, none twice
+    if distinct and recorder.sources[weight].isometric:
+        recorder.sources[out].isometric = True  # rows are selected, none twice
     return out
 
 
-def _getitem(tape, func, args, kwargs):
+def _getitem(recorder, func, args, kwargs):
     table, index = args
-    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and table in tape.sources:
-        if tape.carries_samples(index) and table.dim() == 2:
-            return lookup(tape, table, like(tape, index, torch.where(index < 0, index + len(table), index)), None)
+    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and table in recorder.sources:
+        if recorder.carries_samples(index) and table.dim() == 2:
+            return lookup(recorder, table, like(recorder, index, torch.where(index < 0, index + len(table), index)), None)
     return NotImplemented
 
 

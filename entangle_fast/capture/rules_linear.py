@@ -39,41 +39,41 @@ class _Linear(torch.autograd.Function):
         return (dx,) + (None,) * 7
 
 
-def linear_with(tape, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout | None = None) -> Tensor:
+def linear_with(recorder, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout | None = None) -> Tensor:
     """x (…, d_in) with samples, weight (d_out, d_in) and bias (d_out,) of which at least one is watched."""
-    tape.refuse_samples("linear", weight, bias)
-    layout = layout or tape.layout(x, "linear")
+    recorder.refuse_samples("linear", weight, bias)
+    layout = layout or recorder.layout(x, "linear")
     if layout.axis >= x.dim() - 1:
         raise CaptureError(f"linear: input of shape {tuple(x.shape)} has its samples in the last dimension, which is summed over")
-    tape.refuse_dtypes("linear", x, weight, bias)
-    dtype = tape.autocast_dtype(x)
+    recorder.refuse_dtypes("linear", x, weight, bias)
+    dtype = recorder.autocast_dtype(x)
     x = x.to(dtype)
     if bias is not None and bias.dim() != 1:
-        y = linear_with(tape, x, weight, None, layout)
-        tape.places.put(y, Place(layout.axis, layout.outer, layout.inner))
-        return add_parameter(tape, y, bias)
-    w, weight_use = tape.use(weight, dtype)
-    b, bias_use = tape.use(bias, dtype) if bias is not None else (None, None)
-    return _Linear.apply(x, tape.anchor, w, b, layout, weight_use, bias_use, remaker(tape, x))
+        y = linear_with(recorder, x, weight, None, layout)
+        recorder.places.put(y, Place(layout.axis, layout.outer, layout.inner))
+        return add_parameter(recorder, y, bias)
+    w, weight_use = recorder.use(weight, dtype)
+    b, bias_use = recorder.use(bias, dtype) if bias is not None else (None, None)
+    return _Linear.apply(x, recorder.anchor, w, b, layout, weight_use, bias_use, remaker(recorder, x))
 
 
-def _linear(tape, func, args, kwargs):
+def _linear(recorder, func, args, kwargs):
     def bind(input, weight, bias=None):
         if weight.dim() == 1:
-            return NotImplemented if bias is not None else _matmul(tape, torch.matmul, (input, weight), {})
-        return linear_with(tape, input, weight, bias)
+            return NotImplemented if bias is not None else _matmul(recorder, torch.matmul, (input, weight), {})
+        return linear_with(recorder, input, weight, bias)
 
     return bind(*args, **kwargs)
 
 
-def _transposed(tape, w: Tensor) -> Tensor:
+def _transposed(recorder, w: Tensor) -> Tensor:
     """A watched (d_in, d_out) matrix as the (d_out, d_in) weight of a linear layer."""
     t = w.mT
-    tape.sources.derive(Tensor.t, [w], t)
+    recorder.sources.derive(Tensor.t, [w], t)
     return t
 
 
-def _matmul(tape, func, args, kwargs):
+def _matmul(recorder, func, args, kwargs):
     def bind(input, other, *, out=None):
         return input, other
 
@@ -82,49 +82,49 @@ def _matmul(tape, func, args, kwargs):
     left, right = bind(*args, **kwargs)
     if func in (Tensor.__rmatmul__,):
         left, right = right, left
-    if right in tape.sources and left not in tape.sources and right.dim() == 2 and left.dim() >= 2:
-        return linear_with(tape, left, _transposed(tape, right), None)
-    if right in tape.sources and left not in tape.sources and right.dim() == 1 and left.dim() >= 2:
+    if right in recorder.sources and left not in recorder.sources and right.dim() == 2 and left.dim() >= 2:
+        return linear_with(recorder, left, _transposed(recorder, right), None)
+    if right in recorder.sources and left not in recorder.sources and right.dim() == 1 and left.dim() >= 2:
         row = right.unsqueeze(0)
-        tape.sources.derive(Tensor.unsqueeze, [right], row)
-        return linear_with(tape, left, row, None).squeeze(-1)
-    if left in tape.sources and right not in tape.sources and left.dim() in (1, 2) and right.dim() >= 2:
-        return _weight_first(tape, left, right)
+        recorder.sources.derive(Tensor.unsqueeze, [right], row)
+        return linear_with(recorder, left, row, None).squeeze(-1)
+    if left in recorder.sources and right not in recorder.sources and left.dim() in (1, 2) and right.dim() >= 2:
+        return _weight_first(recorder, left, right)
     return NotImplemented
 
 
-def _weight_first(tape, w: Tensor, x: Tensor) -> Tensor:
+def _weight_first(recorder, w: Tensor, x: Tensor) -> Tensor:
     """w @ x: (d_out, d_in) or (d_in,) watched, x (…, d_in, m) with the samples in any dimension but d_in's."""
     contracted = x.dim() - 2
-    layout = tape.layout(x, "matmul", axis=0 if contracted else 1)
+    layout = recorder.layout(x, "matmul", axis=0 if contracted else 1)
     if layout.axis == contracted:
         raise CaptureError(
-            f"{tape.describe(w)}: torch's matmul(…) adds up over the samples of an activation of shape {tuple(x.shape)}, which stand in "
-            f"dimension {contracted}; give it weight @ x.T, or x @ weight.T"
+            f"{recorder.describe(w)}: torch's matmul(…) adds up over the samples of an activation of shape {tuple(x.shape)}, which stand "
+            f"in dimension {contracted}; give it weight @ x.T, or x @ weight.T"
         )
     axis = contracted if layout.axis > contracted else layout.axis
     if w.dim() == 1:
         row = w.unsqueeze(0)
-        tape.sources.derive(Tensor.unsqueeze, [w], row)
-        return linear_with(tape, x.mT, row, None, replace(layout, axis=axis)).squeeze(-1)
-    return linear_with(tape, x.mT, w, None, replace(layout, axis=axis)).mT
+        recorder.sources.derive(Tensor.unsqueeze, [w], row)
+        return linear_with(recorder, x.mT, row, None, replace(layout, axis=axis)).squeeze(-1)
+    return linear_with(recorder, x.mT, w, None, replace(layout, axis=axis)).mT
 
 
-def addmm(tape, func, args, kwargs):
+def addmm(recorder, func, args, kwargs):
     def bind(input, mat1, mat2, *, beta=1, alpha=1):
         return input, mat1, mat2, beta, alpha
 
     bias, x, w, beta, alpha = bind(*args, **kwargs)
-    if beta != 1 or alpha != 1 or x in tape.sources:
+    if beta != 1 or alpha != 1 or x in recorder.sources:
         return NotImplemented
-    if w in tape.sources:
-        return linear_with(tape, x, _transposed(tape, w), bias) if bias in tape.sources or bias.dim() == 1 else (
-            linear_with(tape, x, _transposed(tape, w), None) + bias  # activations
+    if w in recorder.sources:
+        return linear_with(recorder, x, _transposed(recorder, w), bias) if bias in recorder.sources or bias.dim() == 1 else (
+            linear_with(recorder, x, _transposed(recorder, w), None) + bias  # activations
         )  # fmt: skip
-    return add_parameter(tape, like(tape, x, x @ w), bias)
+    return add_parameter(recorder, like(recorder, x, x @ w), bias)
 
 
-def _einsum(tape, func, args, kwargs):
+def _einsum(recorder, func, args, kwargs):
     """einsum of one activation with one watched weight, no label shared by input, weight and output at once."""
     if kwargs or len(args) < 2 or not isinstance(args[0], str):
         return NotImplemented
@@ -134,11 +134,11 @@ def _einsum(tape, func, args, kwargs):
         return NotImplemented
     labels, out = equation.split("->")
     first, second = labels.split(",")
-    if operands[0] in tape.sources:
+    if operands[0] in recorder.sources:
         operands.reverse()
         first, second = second, first
     x, w = operands
-    if x in tape.sources or set(first) & set(second) & set(out) or len(set(first)) < len(first):
+    if x in recorder.sources or set(first) & set(second) & set(out) or len(set(first)) < len(first):
         return NotImplemented
     contracted = [c for c in second if c in first]
     produced = [c for c in second if c in out]
@@ -147,15 +147,15 @@ def _einsum(tape, func, args, kwargs):
         return NotImplemented
     sizes = dict(zip(second, w.shape))
     moved = w.permute([second.index(c) for c in produced + contracted])
-    tape.sources.derive(Tensor.permute, [w], moved)
+    recorder.sources.derive(Tensor.permute, [w], moved)
     weight = moved.reshape(_volume(sizes, produced), _volume(sizes, contracted))
-    tape.sources.derive(Tensor.reshape, [moved], weight)
+    recorder.sources.derive(Tensor.reshape, [moved], weight)
     inputs = x.permute([first.index(c) for c in kept + contracted])
-    layout = tape.layout(x, "einsum")
+    layout = recorder.layout(x, "einsum")
     if first[layout.axis] not in kept:
         raise CaptureError(f"einsum: {equation!r} sums over the samples of an activation of shape {tuple(x.shape)}")
     layout = replace(layout, axis=kept.index(first[layout.axis]))
-    y = linear_with(tape, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None, layout)
+    y = linear_with(recorder, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None, layout)
     y = y.unflatten(-1, [sizes[c] for c in produced]) if produced else y.squeeze(-1)
     order = kept + produced
     return y.permute([order.index(c) for c in out])

@@ -82,36 +82,36 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([first, *rest]) if rest else first
 
 
-def _layer_norm(tape, func, args, kwargs):
+def _layer_norm(recorder, func, args, kwargs):
     def bind(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
         return input, list(normalized_shape), weight, bias, eps
 
     x, shape, weight, bias, eps = bind(*args, **kwargs)
-    if _mixed(tape, x, weight, bias):
-        return _affine(tape, x, F.layer_norm(x, shape, None, None, eps), weight, bias)
-    tape.refuse_samples("layer_norm", weight, bias)
-    layout = tape.layout(x, "layer_norm")
+    if _mixed(recorder, x, weight, bias):
+        return _affine(recorder, x, F.layer_norm(x, shape, None, None, eps), weight, bias)
+    recorder.refuse_samples("layer_norm", weight, bias)
+    layout = recorder.layout(x, "layer_norm")
     if layout.axis >= x.dim() - len(shape):
         raise CaptureError(f"layer_norm: it normalises {tuple(x.shape)} over the samples")
-    w, weight_use = tape.use(weight, x.dtype) if weight is not None else (None, None)
-    b, bias_use = tape.use(bias, x.dtype) if bias is not None else (None, None)
-    return _LayerNorm.apply(x, tape.anchor, w, b, shape, eps, layout, weight_use, bias_use)
+    w, weight_use = recorder.use(weight, x.dtype) if weight is not None else (None, None)
+    b, bias_use = recorder.use(bias, x.dtype) if bias is not None else (None, None)
+    return _LayerNorm.apply(x, recorder.anchor, w, b, shape, eps, layout, weight_use, bias_use)
 
 
-def _mixed(tape, x, *params) -> bool:
+def _mixed(recorder, x, *params) -> bool:
     """Autocast or mixed dtypes: normalise natively, then scale and shift by elementwise rules."""
-    tape.refuse_dtypes("normalisation", x, *params, wider=True)
-    return tape.autocast_on(x) or any(p is not None and p.dtype != x.dtype for p in params)
+    recorder.refuse_dtypes("normalisation", x, *params, wider=True)
+    return recorder.autocast_on(x) or any(p is not None and p.dtype != x.dtype for p in params)
 
 
-def _affine(tape, x, y, weight, bias):
+def _affine(recorder, x, y, weight, bias):
     """y, normalised x, scaled and shifted."""
-    like(tape, x, y)
+    like(recorder, x, y)
     dtype = y.dtype  # float32 weights do not widen a norm's result
     if weight is not None:
-        y = like(tape, x, multiply_parameter(tape, y, weight) if weight in tape.sources else y * weight)
+        y = like(recorder, x, multiply_parameter(recorder, y, weight) if weight in recorder.sources else y * weight)
     if bias is not None:
-        y = add_parameter(tape, y, bias) if bias in tape.sources else y + bias
+        y = add_parameter(recorder, y, bias) if bias in recorder.sources else y + bias
     return y.to(dtype)
 
 
@@ -180,65 +180,65 @@ class _Frozen:
         return g * scale.view(1, -1, *(1,) * (g.dim() - 2)).to(g.dtype)
 
 
-def _channel_norm(tape, x, weight, bias, statistics, where):
-    tape.refuse_samples(where, weight, bias)
-    layout = tape.layout(x, where)
+def _channel_norm(recorder, x, weight, bias, statistics, where):
+    recorder.refuse_samples(where, weight, bias)
+    layout = recorder.layout(x, where)
     if layout.axis:
         raise CaptureError(f"{where}: input of shape {tuple(x.shape)} has its samples in dimension {layout.axis}, not in 0")
-    w, weight_use = tape.use(weight, x.dtype) if weight is not None else (None, None)
-    b, bias_use = tape.use(bias, x.dtype) if bias is not None else (None, None)
-    return _ChannelNorm.apply(x, tape.anchor, w, b, statistics, layout, weight_use, bias_use)
+    w, weight_use = recorder.use(weight, x.dtype) if weight is not None else (None, None)
+    b, bias_use = recorder.use(bias, x.dtype) if bias is not None else (None, None)
+    return _ChannelNorm.apply(x, recorder.anchor, w, b, statistics, layout, weight_use, bias_use)
 
 
-def _by_channel(tape, x, y, weight, bias):
+def _by_channel(recorder, x, y, weight, bias):
     """Scale and shift (n, C, *size) by watched (C,) vectors."""
     shape = (-1,) + (1,) * (y.dim() - 2)
     views = []
     for p in (weight, bias):
         v = None if p is None else p.view(shape)
-        if p is not None and p in tape.sources:
-            tape.sources.derive(torch.Tensor.view, [p], v)
+        if p is not None and p in recorder.sources:
+            recorder.sources.derive(torch.Tensor.view, [p], v)
         views.append(v)
-    return _affine(tape, x, y, *views)
+    return _affine(recorder, x, y, *views)
 
 
-def _group_norm(tape, func, args, kwargs):
+def _group_norm(recorder, func, args, kwargs):
     def bind(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
         return input, num_groups, weight, bias, eps
 
     x, groups, weight, bias, eps = bind(*args, **kwargs)
-    if _mixed(tape, x, weight, bias):
-        return _by_channel(tape, x, F.group_norm(x, groups, None, None, eps), weight, bias)
-    return _channel_norm(tape, x, weight, bias, _Group(groups, eps), "group_norm")
+    if _mixed(recorder, x, weight, bias):
+        return _by_channel(recorder, x, F.group_norm(x, groups, None, None, eps), weight, bias)
+    return _channel_norm(recorder, x, weight, bias, _Group(groups, eps), "group_norm")
 
 
-def instance_norm(tape, func, args, kwargs):
+def instance_norm(recorder, func, args, kwargs):
     def bind(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1,
              eps=1e-5, cudnn_enabled=True):  # fmt: skip
         return input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
 
     x, mean, var, weight, bias, own, momentum, eps = bind(*args, **kwargs)
     if not own:
-        return _channel_norm(tape, x, weight, bias, _Frozen(mean, var, eps), "instance_norm")
-    return _by_channel(tape, x, F.instance_norm(x, mean, var, None, None, own, momentum, eps), weight, bias)
+        return _channel_norm(recorder, x, weight, bias, _Frozen(mean, var, eps), "instance_norm")
+    return _by_channel(recorder, x, F.instance_norm(x, mean, var, None, None, own, momentum, eps), weight, bias)
 
 
-def batch_norm(tape, func, args, kwargs):
+def batch_norm(recorder, func, args, kwargs):
     def bind(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *_):
         return input, running_mean, running_var, weight, bias, eps
 
     x, mean, var, weight, bias, eps = bind(*args, **kwargs)
-    if _mixed(tape, x, weight, bias) or mean.dtype != x.dtype:
-        return _by_channel(tape, x, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
-    return _channel_norm(tape, x, weight, bias, _Frozen(mean, var, eps), "batch_norm")
+    if _mixed(recorder, x, weight, bias) or mean.dtype != x.dtype:
+        return _by_channel(recorder, x, F.batch_norm(x, mean, var, None, None, False, 0.0, eps), weight, bias)
+    return _channel_norm(recorder, x, weight, bias, _Frozen(mean, var, eps), "batch_norm")
 
 
-def _rms_norm(tape, func, args, kwargs):
+def _rms_norm(recorder, func, args, kwargs):
     def bind(input, normalized_shape, weight=None, eps=None):
         return input, list(normalized_shape), weight, eps
 
     x, shape, weight, eps = bind(*args, **kwargs)
-    return _affine(tape, x, F.rms_norm(x, shape, None, eps), weight, None)
+    return _affine(recorder, x, F.rms_norm(x, shape, None, eps), weight, None)
 
 
 RULES = {

@@ -16,52 +16,52 @@ from .rules_norm import batch_norm, instance_norm
 from .sources import function_name
 
 
-def _batch_norm(tape, func, args, kwargs):
+def _batch_norm(recorder, func, args, kwargs):
     def bind(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
         return input, running_mean, running_var, weight, bias, training, momentum, eps
 
-    return batch_norm(tape, F.batch_norm, bind(*args, **kwargs), {})
+    return batch_norm(recorder, F.batch_norm, bind(*args, **kwargs), {})
 
 
-def _instance_norm(tape, func, args, kwargs):
+def _instance_norm(recorder, func, args, kwargs):
     def bind(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled):
         return input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
 
-    return instance_norm(tape, F.instance_norm, bind(*args, **kwargs), {})
+    return instance_norm(recorder, F.instance_norm, bind(*args, **kwargs), {})
 
 
-def _embedding(tape, func, args, kwargs):
+def _embedding(recorder, func, args, kwargs):
     def bind(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
         return indices, weight, None if padding_idx < 0 else padding_idx, None, 2.0, scale_grad_by_freq, sparse
 
-    return embedding(tape, F.embedding, bind(*args, **kwargs), {})
+    return embedding(recorder, F.embedding, bind(*args, **kwargs), {})
 
 
-def _embedding_bag(tape, func, args, kwargs):
+def _embedding_bag(recorder, func, args, kwargs):
     def bind(weight, indices, offsets, scale_grad_by_freq=False, mode=0, sparse=False, *_, **__):
         return indices, weight, offsets, None, 2.0, scale_grad_by_freq, mode, sparse
 
-    return embedding_bag(tape, F.embedding_bag, bind(*args, **kwargs), {})
+    return embedding_bag(recorder, F.embedding_bag, bind(*args, **kwargs), {})
 
 
-def _index_select(tape, func, args, kwargs):
+def _index_select(recorder, func, args, kwargs):
     def bind(input, dim, index, *, out=None):
         return input, dim, index, out
 
     table, dim, index, out = bind(*args, **kwargs)
-    if out is not None or dim or table.dim() != 2 or index.dim() != 1 or table not in tape.sources:
+    if out is not None or dim or table.dim() != 2 or index.dim() != 1 or table not in recorder.sources:
         return NotImplemented
-    return embedding(tape, F.embedding, (index, table), {})
+    return embedding(recorder, F.embedding, (index, table), {})
 
 
 def made_of(form: Callable) -> Callable:
     """The rule of a function that is ``form``, whose own functions meet their rules."""
 
-    def rule(tape, func, args, kwargs):
+    def rule(recorder, func, args, kwargs):
         if kwargs.get("out") is not None:
             return NotImplemented
         try:
-            with tape.mode:
+            with recorder.mode:
                 return form(*args, **{k: v for k, v in kwargs.items() if k != "out"})
         except CaptureError as error:
             raise CaptureError(f"{function_name(func)}(…): {error}") from error
@@ -114,9 +114,9 @@ _outer = made_of(lambda input, vec2: input.unsqueeze(1) * vec2)
 _added = made_of(_added_product)
 
 
-def _addmm(tape, func, args, kwargs):
-    out = addmm(tape, func, args, kwargs)
-    return _added(tape, func, args, kwargs) if out is NotImplemented else out
+def _addmm(recorder, func, args, kwargs):
+    out = addmm(recorder, func, args, kwargs)
+    return _added(recorder, func, args, kwargs) if out is NotImplemented else out
 
 
 RULES = {
