@@ -58,7 +58,7 @@ def test_wgmma(shape, eager):
     "shape, blocks",
     [
         ((1, 0, 40, 72, 136), 2), ((3, 0, 97, 72, 200), 2), ((2, 3, 34, 72, 136), 2),
-        ((4, 0, 34, 72, 400), 2),  # two chunks
+        ((5, 0, 34, 72, 400), 2),  # two chunks
         ((2, 0, 40, 200, 400), 4),
         ((1, 0, 180, 200, 264), 4),  # a block beyond d_out
         ((199, 0, 9, 24, 40), 2),  # the rows, not the factors
