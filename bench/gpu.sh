@@ -28,7 +28,10 @@
 #                        .avg.pct_of_peak_sustained_elapsed > 80: that is its limit
 #                        dram__bytes_write.sum far above the result's: the scratch leaves the L2   kScratch 32 → 24 MiB
 #                        launch__cluster_max_active of 4 blocks far below 33: multiprocessors idle   many <= 2
-#                        below, with tensor < 60: 18 to 36 launches wait for each other   programmatic dependent launch
+#                        wrong sums in some runs only, or a graph that does not capture: `if (early)` in common.cuh's Config made
+#                        `if (false)` takes programmatic dependent launch out: is it that?
+#                        below, with tensor < 60: gaps between 19 (n 64) or 37 (n 128) launches at 768×3072 (nsys; ncu runs each kernel
+#                        alone)   form's first copies before its wait
 #   gram rows            64 FLOP a byte of L2, 350 TFLOP/s at 5.5 TB/s: 1.2 ms where 5× the loop would be 0.6   clusters: not Triton
 #   project_random       by count, n 128 t 196 768² k 512, H100 (2x of materialise-then-project would be about 0.17 ms):
 #                        triton: 37 k programs' rounds of 312 instructions a thread, 0.10 ms, beside forming, 30 GF through L2

@@ -2,8 +2,8 @@
 //
 // The same sources are compiled by nvcc and, with EF_CUDA_HOST defined, by g++ against tests/cuda_host/cuda_host.h,
 // which gives threadIdx, __shared__, barriers, shuffles and atomics to the CPU. What that header must bring beyond CUDA's
-// own names: cuda_host::launch(grid, block, shared_bytes, function, blocks of a cluster), cuda_host::dynamic_shared() and
-// cuda_host::processors(). Conventions of every extern "C" launcher: the last argument is the stream, the result
+// own names: cuda_host::launch(grid, block, shared_bytes, function, blocks of a cluster, early), cuda_host::dynamic_shared()
+// and cuda_host::processors(). Conventions of every extern "C" launcher: the last argument is the stream, the result
 // 0 or a cudaError; offsets are int64; nothing waits for the device unless its comment says so.
 #pragma once
 
@@ -161,9 +161,9 @@ template <bool WHOLE, int N, class T> EF_DEVICE void write(Span<T> p, int64_t i,
 
 #ifdef EF_CUDA_HOST
 template <class... P, class... A>
-int launch_clusters(void (*kernel)(P...), int blocks, dim3 grid, dim3 block, size_t shared, void*, A&&... args) {
+int launch_clusters(void (*kernel)(P...), int blocks, bool early, dim3 grid, dim3 block, size_t shared, void*, A&&... args) {
   std::tuple<std::decay_t<P>...> held(std::forward<A>(args)...);
-  cuda_host::launch(grid, block, shared, [&] { std::apply(kernel, held); }, blocks);
+  cuda_host::launch(grid, block, shared, [&] { std::apply(kernel, held); }, blocks, early);
   return span_error();
 }
 template <class... P> int allow_shared(void (*)(P...), int) { return 0; }
@@ -172,20 +172,28 @@ template <class... P> int resident(void (*)(P...), int, int*) { return 0; }
 template <class... P> int resident_clusters(void (*)(P...), int, int, int, int* count) { return *count = 2, 0; }
 #else
 struct Config : cudaLaunchConfig_t {  // a cluster's blocks lie side by side along x
-  cudaLaunchAttribute cluster;
+  cudaLaunchAttribute held[2];
 
-  Config(int blocks, dim3 grid, dim3 block, size_t shared, void* stream)
-      : cudaLaunchConfig_t{grid, block, shared, (cudaStream_t)stream, &cluster, blocks > 1} {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {(unsigned)blocks, 1, 1};
+  Config(int blocks, bool early, dim3 grid, dim3 block, size_t shared, void* stream)
+      : cudaLaunchConfig_t{grid, block, shared, (cudaStream_t)stream, held, 0} {
+    if (blocks > 1) {
+      held[numAttrs].id = cudaLaunchAttributeClusterDimension;
+      held[numAttrs++].val.clusterDim = {(unsigned)blocks, 1, 1};
+    }
+    if (early) {
+      held[numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      held[numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
   }
   Config(const Config&) = delete;
 };
-// kernel<<<grid, block, shared, stream>>>(args...) as a function, in clusters of `blocks`: arguments converted, the error returned
+// kernel<<<grid, block, shared, stream>>>(args...) as a function, in clusters of `blocks`: arguments converted, the error returned.
+// early: may start before the kernel ahead of it in the stream has ended, and waits for that itself (a chain of kernels, ptx.cuh);
+// compute capability 9.0 and later. Captured into a graph it becomes a programmatic edge (CUDA 12.3)
 template <class... P, class... A>
-int launch_clusters(void (*kernel)(P...), int blocks, dim3 grid, dim3 block, size_t shared, void* stream, A&&... args) {
+int launch_clusters(void (*kernel)(P...), int blocks, bool early, dim3 grid, dim3 block, size_t shared, void* stream, A&&... args) {
   std::tuple<std::decay_t<P>...> held(std::forward<A>(args)...);
-  const Config config(blocks, grid, block, shared, stream);
+  const Config config(blocks, early, grid, block, shared, stream);
   return std::apply(
       [&](auto&... each) {
         void* list[] = {(void*)&each...};
@@ -213,13 +221,13 @@ inline int processors(int* count) {
 }
 // count: clusters of `blocks` > 1 that the device runs at once
 template <class... P> int resident_clusters(void (*kernel)(P...), int blocks, int threads, int shared, int* count) {
-  const Config config(blocks, dim3((unsigned)blocks), dim3((unsigned)threads), shared, nullptr);
+  const Config config(blocks, false, dim3((unsigned)blocks), dim3((unsigned)threads), shared, nullptr);
   return (int)cudaOccupancyMaxActiveClusters(count, (const void*)kernel, &config);
 }
 #endif
 
 template <class... P, class... A> int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream, A&&... args) {
-  return launch_clusters(kernel, 1, grid, block, shared, stream, std::forward<A>(args)...);
+  return launch_clusters(kernel, 1, false, grid, block, shared, stream, std::forward<A>(args)...);
 }
 
 template <class I> __host__ __device__ constexpr I cdiv(I a, I b) { return (a + b - 1) / b; }

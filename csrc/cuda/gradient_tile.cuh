@@ -185,10 +185,11 @@ EF_DEVICE void form_rows(const Side<T>& s, int64_t first, int count, int64_t o, 
   }
 }
 
-// out (n, m) = Σ_s partial[s], in order; symmetric: from on and above the diagonal
+// out (n, m) = Σ_s partial[s], in order; symmetric: from on and above the diagonal. May be launched early
 static __global__ void __launch_bounds__(256) add_partials(Span<const float> partial, Span<float> out, int64_t n, int64_t m,
     int64_t count, bool symmetric) {
   const int64_t e = (int64_t)blockIdx.x * 256 + threadIdx.x;
+  ptx::griddepcontrol_wait();
   if (e >= n * m) return;
   const int64_t i = e / m, j = e % m, at = symmetric ? min(i, j) * m + max(i, j) : e;
   float sum = 0;

@@ -162,6 +162,6 @@ EF_LAUNCHER ef_cuda_gram(int form, int type, const Factors* left, const Factors*
   } else {
     EF_TRY(launch_mma<float>(*left, right, d_in, d_out, partial, partials, stream));
   }
-  return launch(add_partials, dim3((unsigned)cdiv<int64_t>(n * m, 256)), dim3(256), 0, stream, static_cast<const float*>(partial), out,
-      n, m, partials, !right);
+  return launch_clusters(add_partials, 1, form == kWgmma, dim3((unsigned)cdiv<int64_t>(n * m, 256)), dim3(256), 0, stream,
+      static_cast<const float*>(partial), out, n, m, partials, !right);
 }

@@ -9,6 +9,10 @@
 // its columns into its own partial Gram; 128 < n ≤ 256: a cluster of two reads every row once for both, and has three of the six
 // 64 × 128 on and above the diagonal each. The two alternate over chunks of the weight.
 //
+// They are a chain of kernels (ptx.cuh), which add_partials ends: beside the end of the kernel before come the launch, mbarriers, the
+// cluster's barrier and the tensor maps' way to TMA; whatever touches memory stands behind the wait. Of a later chunk the factors' copies
+// could come before it too, all but the stores to the scratch: not taken as long as nobody has measured the gaps that are left.
+//
 // Counted for a tile of 128 × 256, n 128, in ns of the whole chip at 5.5 TB/s of L2, 790 TFLOP/s, 3.35 TB/s of DRAM (an H200's 4.8):
 //   bytes of L2, form           t 197: L2  tensor  DRAM    t 1024: L2  tensor  DRAM
 //   1 block    768 t + 64 Ki        39    19     25              155    85     130      before: 24 MiB of scratch
@@ -23,7 +27,8 @@
 // memory, no scratch: 8 blocks hold 128 samples' 64 × 96 at most, 1.6 times the bytes of 4 blocks at t 197, 3.3 at 1024; n > 256 in
 // clusters of 2 × 2 blocks of accumulate: 48 → 32 ns at n 512.
 // Counted from SASS: per 32 positions two HGMMA of 64 × 256 × 16 a warpgroup, one group left in flight, 162 registers; the
-// others 62 to 136; no spills. A block's 13 warps, as for 256 samples, could have 128 each.
+// others 62 to 136; no spills. A block's 13 warps, as for 256 samples, could have 128 each. 70 to 78 instructions of form and 66 to 152
+// of accumulate stand ahead of the wait.
 // I: 256, 128, 64 by d_in. TMA needs 16-byte strides and fills zeros outside of the tensors. Never run on a GPU.
 #pragma once
 
@@ -116,6 +121,11 @@ template <int STAGES, int CONSUMERS> struct Ring {
   }
 };
 
+// kernel parameters, no memory that another kernel writes: they may go ahead of the wait
+EF_DEVICE void prefetch(const Maps& maps) {
+  ptx::prefetch_tensor_map(&maps.left), ptx::prefetch_tensor_map(&maps.right);
+}
+
 EF_DEVICE uint32_t pair_of_floats(float low, float high) { return (uint32_t)narrow<Bf16>(high).bits << 16 | narrow<Bf16>(low).bits; }
 
 // 16 bytes that stay in the L2
@@ -135,7 +145,10 @@ form_wgmma(const __grid_constant__ Maps maps, int64_t n, int64_t t, int64_t high
            Span<uint32_t> scratch) {
 #ifdef EF_SM90A
   EF_DYNAMIC_SHARED(unsigned char, shared);
+  if (threadIdx.x == kConsumers) prefetch(maps);
   Ring<form_stages(I), kConsumers> ring(shared, form_stage(I));
+  ptx::griddepcontrol_wait();  // accumulate has read what the scratch held
+  ptx::griddepcontrol_launch_dependents();
   const int64_t items = n * units, steps = cdiv<int64_t>(t, kT), stride = gridDim.x / ring.blocks;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a whole warp, and the compiler sees it
   int64_t q = 0;
@@ -191,7 +204,10 @@ add_wgmma(const __grid_constant__ Maps maps, int64_t n, int64_t m, bool symmetri
   int I = 0, J = 0;
   if constexpr (ROWS < 256) tile_of(blockIdx.x, (int)cdiv<int64_t>(m, ROWS), symmetric, I, J);
   const bool same = symmetric && I == J;
+  if (threadIdx.x == CONSUMERS) prefetch(maps);
   Ring<kAddStages, CONSUMERS> ring(shared, add_stage(ROWS, same));
+  ptx::griddepcontrol_wait();  // the scratch is full, and the partial sums of the chunk before are there
+  ptx::griddepcontrol_launch_dependents();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   int64_t q = 0;
   if (group == CONSUMERS / 128) {

@@ -80,6 +80,13 @@ struct Plan {
 };
 
 template <int I> constexpr int kFormShared = form_stages(I) * form_stage(I) + kBeside;
+// Shared memory that every block of form and accumulate has at least: no two fit a multiprocessor, which has 228 KiB and takes 1 KiB a
+// block for itself. Where two did, blocks that come early would gather on the multiprocessors that are free first. As it is, one comes
+// wherever one has left, and a kernel may let the next one start from its own beginning
+constexpr int kAlone = 116 << 10;
+#ifndef EF_CUDA_HOST
+static_assert(kFormShared<64> >= kAlone && kFormShared<128> >= kAlone && kFormShared<256> >= kAlone);
+#endif
 
 // count: clusters of form that the device runs at once
 template <int I> int prepare_form(const Plan& plan, int* count) {
@@ -88,17 +95,17 @@ template <int I> int prepare_form(const Plan& plan, int* count) {
 }
 
 template <int I> int launch_form(const Maps& maps, const Plan& plan, int64_t n, int64_t t, int64_t first, int64_t units, void* scratch,
-                                 int clusters, void* stream) {
+                                 int clusters, bool early, void* stream) {
   const auto blocks = (unsigned)(plan.blocks * min(n * units, (int64_t)clusters));
-  return launch_clusters(form_wgmma<I>, plan.blocks, dim3(blocks), dim3(kThreads), kFormShared<I>, stream, maps, n, t, plan.high, first,
-                         units, plan.pitch(), static_cast<uint32_t*>(scratch));
+  return launch_clusters(form_wgmma<I>, plan.blocks, early, dim3(blocks), dim3(kThreads), kFormShared<I>, stream, maps, n, t, plan.high,
+                         first, units, plan.pitch(), static_cast<uint32_t*>(scratch));
 }
 
 template <int ROWS> int launch_add(const Maps& maps, const Plan& plan, int64_t n, int64_t m, bool symmetric, int64_t units, bool set,
                                    float* partial, void* stream) {
-  const int shared = kAddStages * add_stage(ROWS, symmetric && n <= ROWS) + kBeside;
+  const int shared = max(kAddStages * add_stage(ROWS, symmetric && n <= ROWS) + kBeside, kAlone);
   EF_TRY(allow_shared(add_wgmma<ROWS>, shared));
-  return launch_clusters(add_wgmma<ROWS>, ROWS == 256 ? 2 : 1, dim3((unsigned)plan.wide, (unsigned)plan.splits),
+  return launch_clusters(add_wgmma<ROWS>, ROWS == 256 ? 2 : 1, true, dim3((unsigned)plan.wide, (unsigned)plan.splits),
                          dim3(add_consumers(ROWS) + 32), shared, stream, maps, n, m, symmetric, units * plan.size() / kRun, set, partial);
 }
 
@@ -113,7 +120,9 @@ inline Plan plan_of(const Factors& left, const Factors* right, int64_t d_in, int
   return {left.n, other.n, !right, max(left.t, other.t), d_in, d_out, processors};
 }
 
-// scratch: (n, pitch), and (m, pitch) behind it where there is a right side
+// scratch: (n, pitch), and (m, pitch) behind it where there is a right side. A chain of kernels (ptx.cuh), which gram.cu's add_partials
+// ends. The first is launched as any other: what is before it in the stream is torch's or another library's, which has written the
+// factors, may still read what is now scratch, and need not have waited for what came before itself
 inline int launch_wgmma(const Factors& left, const Factors* right, int64_t d_in, int64_t d_out, float* partial, void* scratch,
                         void* stream) {
   int count = 0, clusters = 0;
@@ -135,8 +144,8 @@ inline int launch_wgmma(const Factors& left, const Factors* right, int64_t d_in,
       EF_TRY(encode(&rows.left, scratch, width, n, 1, pitch, pitch * n, lines));
       EF_TRY(encode(&rows.right, other, width, m, 1, pitch, pitch * m, lines));
     }
-    EF_TRY(form(x, plan, n, left.t, first, units, scratch, clusters, stream));
-    if (right) EF_TRY(form(y, plan, m, right->t, first, units, other, clusters, stream));
+    EF_TRY(form(x, plan, n, left.t, first, units, scratch, clusters, first > 0, stream));
+    if (right) EF_TRY(form(y, plan, m, right->t, first, units, other, clusters, true, stream));
     EF_TRY(add(rows, plan, n, m, !right, units, first == 0, partial, stream));
   }
   return 0;

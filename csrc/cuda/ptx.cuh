@@ -95,6 +95,29 @@ EF_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row EF_SITE) {
          cuda_host::ldmatrix_x4(r, row, true, w));
 }
 
+// ---- a chain of kernels, each but the first launched early (common.cuh). Every thread waits before it touches any memory outside of
+// its block; then the kernel before has ended: its stores are there, its loads done. That kernel could not end before its own wait, so
+// all before it have ended too, down to the first, which the stream's own order starts. A kernel lets the next one start after its
+// wait only: two of a chain run at a time, never three
+
+// does nothing in a launch that is not early
+
+EF_DEVICE void griddepcontrol_wait(EF_ONLY_SITE) {
+#if defined(EF_CUDA_HOST)
+  cuda_host::griddepcontrol_wait(w);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// the next kernel, where it is launched early, may start once every block has said so or left. Where it is not: nothing
+EF_DEVICE void griddepcontrol_launch_dependents() {
+#if defined(EF_CUDA_HOST)
+  cuda_host::griddepcontrol_launch_dependents();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #ifdef EF_SM90A
 // ---- clusters: blocks that run at the same time and reach each other's shared memory; a launch without them has clusters of one
 
@@ -172,6 +195,10 @@ EF_DEVICE uint64_t evict_normal() {
   uint64_t policy = 0;
   EF_PTX(asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy)), );
   return policy;
+}
+// a tensor map, which is a kernel's parameter, on its way to where TMA reads it; not the tensor
+EF_DEVICE void prefetch_tensor_map([[maybe_unused]] const void* map) {
+  EF_PTX(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"), );
 }
 EF_DEVICE void tma_load_3d(void* to, const void* map, int c0, int c1, int c2, uint64_t* bar, uint64_t policy) {
   EF_PTX(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"

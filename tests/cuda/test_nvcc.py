@@ -135,3 +135,14 @@ def test_gram_uses_the_tensor_cores(machine_code):
         assert ("MULTICAST" in code) == ("form" in name or "ILi256E" in name), name
     others = [code for name, code in functions.items() if "gram_mma" in name]
     assert len(others) == 6 and all("HMMA" in code for code in others)
+
+
+def test_gram_waits_for_the_kernel_before_it(machine_code):
+    """griddepcontrol.wait (ACQBULK) ahead of all access to memory, launch_dependents (PREEXIT) behind it, what needs neither before."""
+    functions = {name: code for name, code in machine_code("gram").items() if "wgmma" in name or "add_partials" in name}
+    assert len(functions) == 7
+    for name, code in functions.items():
+        before, wait, after = code.partition("ACQBULK")
+        assert wait and not re.search(r"\b(UTMALDG|LDG|STG|ATOM|RED|LD|ST)\b", before), name
+        if "wgmma" in name:
+            assert "PREEXIT" in after and all(x in before for x in ("UTMACCTL.PF", "SYNCS", "UCGABAR_WAIT")), name

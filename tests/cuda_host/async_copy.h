@@ -20,6 +20,7 @@ inline size_t shared_offset(const void* p, size_t bytes, const char* what) {
 
 inline void cp_async(void* to, const void* from, int bytes, int valid) {
   shared_offset(to, bytes, "cp.async");
+  if (valid) must_have_waited("cp.async");
   if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes)) fail("misaligned cp.async");
   auto copy = [=] {
     if (valid) memcpy(to, from, valid);
@@ -152,6 +153,7 @@ inline void land(const TensorMap& map, const std::array<int, 5>& first, size_t a
 
 // ranks: a bit for each block of the cluster that takes the box; they need not get it at the same time
 inline void tma_load(void* to, const TensorMap* map, std::array<int, 5> first, uint64_t* bar, unsigned ranks) {
+  must_have_waited("a TMA copy");
   size_t bytes = map->stride[0], at = 0;
   for (int d = 0; d < map->rank; d++) bytes *= map->box[d];
   at = shared_offset(to, bytes, "TMA");

@@ -65,7 +65,7 @@ def control() -> ctypes.CDLL:
     """The same library, for the emulator's own switches (exports.cpp)."""
     ops()
     found = ctypes.CDLL(str(library()))
-    found.cuda_host_error.restype = found.cuda_host_visited.restype = ctypes.c_char_p
+    found.cuda_host_error.restype = found.cuda_host_visited.restype = found.cuda_host_launches.restype = ctypes.c_char_p
     return found
 
 

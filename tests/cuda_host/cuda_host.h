@@ -2,10 +2,11 @@
 //
 // Covered (intrinsics.h): thread and block indices, static and dynamic shared memory, block and warp barriers, shuffles, votes,
 // atomics, the runtime calls of the launchers; async_copy.h: cp.async, mbarrier, TMA; tensor_cores.h: mma, ldmatrix, wgmma;
-// schedule.h: clusters along x.
+// schedule.h: clusters along x, launches that may start early.
 // Fibers run in a random order (seeded), each until it blocks, so that warps drift as far apart as the barriers let them;
 // clusters run one after another in a random order. Copies and matrix products that the hardware does later are done either
 // at once (eager) or at the last moment that the waits allow (lazy): a missing wait shows in one of the two.
+// Kernels run one after another, early launches too; what would go wrong if they did not is checked by rules.
 // Not covered: the weak memory model between plain accesses (fences are checked by rules instead, see ticket() and
 // async_copy.h), static __shared__ in clusters of several blocks, grid-wide barriers, timing, bank conflicts, register pressure.
 #pragma once
@@ -54,6 +55,7 @@ struct Fiber {
   ucontext_t context;
   jmp_buf resume;
   bool started, done, fenced, ticket;
+  bool waited;  // griddepcontrol.wait; true from the start in a launch that is not early
   const uint64_t* gate;  // blocked while *gate == closed
   uint64_t closed;
   Where where;
@@ -115,6 +117,7 @@ inline Options options;
 inline std::string error;
 inline std::set<Site> visited;  // synchronisations that ran, for the mutation test's coverage
 inline unsigned largest_cluster = 0;
+inline std::string launches;  // a letter each: e early, - not
 inline std::mt19937 random_bits(1);
 inline Cluster* cluster = nullptr;
 inline Block* block = nullptr;  // the running fiber's

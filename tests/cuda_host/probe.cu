@@ -115,7 +115,46 @@ __global__ void cluster(const __grid_constant__ sm90::Maps maps, Span<float> out
 EF_LAUNCHER probe_cluster(const Factors* f, float* out, int wrong, void* stream) {
   sm90::Maps maps;
   EF_TRY(sm90::encode(&maps.right, f->a, 128, f->t, f->n, f->a_position, f->a_sample, sm90::kT));
-  return launch_clusters(cluster, 2, dim3(6), dim3(64), 2 * sm90::kBox + 16, stream, maps, out, wrong);
+  return launch_clusters(cluster, 2, false, dim3(6), dim3(64), 2 * sm90::kBox + 16, stream, maps, out, wrong);
+}
+
+// A kernel launched early or not: what it does comes after the wait, but for one thing. before: 1 a load, 2 a store, 3 cp.async, 4 TMA,
+// 5 launch_dependents; 6 half of the threads do not wait, 7 none does, nor touches anything. out (64) = x + 1
+__global__ void dependent(const __grid_constant__ sm90::Maps maps, Span<const float> x, Span<float> out, int before) {
+  EF_DYNAMIC_SHARED(unsigned char, s);
+  const int t = threadIdx.x;
+  uint64_t* bar = reinterpret_cast<uint64_t*>(s + sm90::kBox + 1024);
+  if (t == 0) {
+    ptx::mbarrier_init(bar, 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  ptx::prefetch_tensor_map(&maps.right);
+  Span<float>(reinterpret_cast<float*>(s + sm90::kBox))[t] = 1;  // the block's own memory
+  if (before == 7) return;
+  float value = 0;
+  for (const bool after : {false, true}) {
+    if (after && (before != 6 || t < 32)) ptx::griddepcontrol_wait();
+    const auto now = [&](int what) { return (before == what) != after; };
+    if (now(1)) value = x[t] + 1;
+    if (now(2)) out[t] = value;
+    if (now(3)) {
+      ptx::cp_async_16(s + sm90::kBox + t % 16 * 16, ptx::checked(x, t % 16 * 4, 4), 16);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+    }
+    if (now(4) && t == 0) {
+      ptx::mbarrier_arrive_expect(bar, sm90::kBox);
+      ptx::tma_load_3d(s, &maps.right, 0, 0, 0, bar, ptx::evict_normal());
+    }
+    if (now(5)) ptx::griddepcontrol_launch_dependents();
+  }
+  ptx::mbarrier_wait(bar, 0);
+}
+EF_LAUNCHER probe_dependent(const Factors* f, const float* x, float* out, int before, int early, void* stream) {
+  sm90::Maps maps;
+  EF_TRY(sm90::encode(&maps.right, f->a, 64, f->t, f->n, f->a_position, f->a_sample, sm90::kT));
+  return launch_clusters(dependent, 1, early, dim3(2), dim3(64), sm90::kBox + 1032, stream, maps, x, out, before);
 }
 
 // what: 1 a barrier that half of the block skips, 2 a write beyond the tensor, 3 a write beyond shared memory,

@@ -90,15 +90,34 @@ inline void* new_stack() {
   return p == MAP_FAILED ? nullptr : p;
 }
 
+// ---- launches that may start early (programmatic dependent launch), by the rules of ptx.cuh: a thread has waited before it touches
+// memory outside of its block, and before it lets the next kernel start; and some thread does wait, for else the end of this kernel
+// would not tell the next one that the kernel before has ended
+
+inline bool grid_waited = false;
+
+inline void must_have_waited(const char* what) {
+  if (!me().waited) fail(std::string(what) + " before griddepcontrol.wait");
+}
+inline void touched(const void* p) {
+  auto* c = static_cast<const unsigned char*>(p);
+  if (c < block->shared || c >= block->shared + block->shared_bytes) must_have_waited("an access to memory");
+}
+inline void griddepcontrol_wait(const Where& w) {
+  if (!skipped(w)) me().waited = grid_waited = true;
+}
+inline void griddepcontrol_launch_dependents() { must_have_waited("launch_dependents"); }
+
 // `many` blocks of a cluster lie side by side along x
-inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body, unsigned many) {
+inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body, unsigned many, bool early) {
   long blocks = long(grid.x) * grid.y * grid.z, threads = long(size.x) * size.y * size.z;
   auto refuse = [&](const std::string& what) { if (error.empty()) error = "launch: " + what; };
   if (threads < 1 || threads > 1024 || blocks < 1 || grid.y > 65535 || grid.z > 65535)
     return refuse(std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads");
   if (many < 1 || many > 8 || grid.x % many)
     return refuse(std::to_string(grid.x) + " blocks along x in clusters of " + std::to_string(many));
-  largest_cluster = std::max(largest_cluster, many);
+  largest_cluster = std::max(largest_cluster, many), launches += early ? 'e' : '-';
+  grid_waited = !early, ef::cuda::span_watch = early ? touched : nullptr;
   if (shared_bytes > SHARED_LIMIT) return refuse(std::to_string(shared_bytes) + " B of shared memory");
   while (stacks.size() < size_t(threads) * many)
     if (void* p = new_stack()) stacks.push_back(p);
@@ -124,7 +143,10 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
       memset(b.shared, 0xFF, shared_bytes);  // NaN in every float format
       memset(b.shared + shared_bytes, 0xC5, CANARY);
       b.fibers = std::vector<Fiber>(threads);
-      for (long i = 0; i < threads; i++) b.fibers[i].thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
+      for (long i = 0; i < threads; i++) {
+        b.fibers[i].thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
+        b.fibers[i].waited = !early;
+      }
     }
     cluster = &c;
     bool fine = false;
@@ -135,10 +157,11 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
     block = nullptr, cluster = nullptr;
     if (!error.empty()) return;
   }
+  if (!grid_waited) refuse("early, but no thread waits for the kernel before (griddepcontrol.wait)");
 }
 
-inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body, unsigned many = 1) {
-  if (error.empty()) run_grid(grid, size, shared_bytes, body, many);
+inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body, unsigned many = 1, bool early = false) {
+  if (error.empty()) run_grid(grid, size, shared_bytes, body, many, early);
   if (error.empty()) return;
   int none = 0;
   if (ef::cuda::span_state().compare_exchange_strong(none, cudaErrorLaunchFailure)) fprintf(stderr, "cuda_host: %s\n", error.c_str());

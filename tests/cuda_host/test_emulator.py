@@ -56,6 +56,20 @@ def test_clusters(probe, eager):
         assert torch.equal(out[:, 2:], f.tensors[0][0, :1].float().expand(6, -1))
 
 
+def dependent(probe, before, early=1, **options):
+    f = Factors(torch.randn(1, 32, 64).bfloat16(), torch.randn(1, 32, 8).bfloat16())
+    x, out = torch.randn(64), torch.full((64,), float("nan"))
+    run(probe.probe_dependent, f, x, out, before, early, library=probe, **options)
+    return x, out
+
+
+def test_an_early_launch_waits_first_and_others_need_not(probe):
+    x, out = dependent(probe, 0)
+    assert torch.equal(out, x + 1)
+    for before in range(8):
+        dependent(probe, before, early=0)
+
+
 def wgmma(probe, wrong, **options):
     f = Factors(torch.randn(1, 32, 128).bfloat16(), torch.randn(1, 32, 64).bfloat16())
     run(probe.probe_wgmma, f, torch.empty(64, 128), torch.empty(64, 64), wrong, library=probe, **options)
@@ -79,6 +93,9 @@ def plain(probe, what, **options):
         (cluster, 1, "not initialised"), (cluster, 2, "an arrival reaches beyond the cluster"),
         (cluster, 3, "reaches a block that has left|wait at probe.cu"), (cluster, 4, "TMA reaches beyond the cluster"),
         (cluster, 5, "deadlock"), (cluster, 6, "not fenced"),
+        (dependent, 1, "an access to memory before griddepcontrol.wait"), (dependent, 2, "an access to memory before"),
+        (dependent, 3, "cp.async before"), (dependent, 4, "a TMA copy before"), (dependent, 5, "launch_dependents before"),
+        (dependent, 6, "an access to memory before"), (dependent, 7, "no thread waits"),
     ],
 )  # fmt: skip
 def test_misuse_is_an_error(probe, call, wrong, says):

@@ -43,6 +43,15 @@ def wgmma(shape, eager, blocks):
     assert control().cuda_host_largest_cluster() == blocks
 
 
+@pytest.mark.parametrize("shape, launches", [((3, 0, 9, 24, 40), b"-ee"), ((2, 3, 9, 24, 40), b"-eee"), ((5, 0, 34, 72, 400), b"-eeee")])
+def test_all_launches_of_wgmma_but_the_first_may_start_early(shape, launches):
+    """form, of each side; accumulate; the same for a second chunk; the partial sums."""
+    gram(WGMMA, *arguments(shape, torch.bfloat16))
+    assert control().cuda_host_launches() == launches
+    gram(MMA, *arguments(shape, torch.bfloat16))
+    assert control().cuda_host_launches() == b"--"
+
+
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize(  # the last two: tiles of 256 and 128 columns, several chunks, several blocks of samples
     "shape",

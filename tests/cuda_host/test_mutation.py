@@ -18,7 +18,7 @@ from calls import MMA, WGMMA, gram, project_random
 
 CALL = re.compile(
     r"(?:__syncthreads|__syncwarp|__threadfence|ptx::(?:cp_async_commit|cp_async_wait<\d>|cluster_sync|fence_mbarrier_init"
-    r"|mbarrier_arrive_at|mbarrier_arrive_expect|mbarrier_wait|wgmma_fence|wgmma_commit|wgmma_wait<\d>))\("
+    r"|griddepcontrol_wait|mbarrier_arrive_at|mbarrier_arrive_expect|mbarrier_wait|wgmma_fence|wgmma_commit|wgmma_wait<\d>))\("
 )
 TRIES = [(seed, eager) for seed in range(1, 13) for eager in (False, True)]
 SECONDS = 60
@@ -76,6 +76,9 @@ CASES = {
     "gram_float": _launchers(lambda **o: gram(MMA, _r(10, 20, 24), _r(10, 20, 20), partials=1, **o)),
     "gram_wgmma": _launchers(lambda **o: gram(WGMMA, _r(5, 70, 24, dtype=BF16), _r(5, 70, 72, dtype=BF16), **o)),
     "gram_clusters": _launchers(lambda **o: gram(WGMMA, _r(3, 70, 72, dtype=BF16), _r(3, 70, 136, dtype=BF16), **o)),
+    "gram_two_sides": _launchers(
+        lambda **o: gram(WGMMA, *(_r(n, 20, d, dtype=BF16) for n, d in ((2, 24), (2, 72), (3, 24), (3, 72))), **o)
+    ),
     "project": _launchers(
         lambda seed, **o: project_random(_r(10, 20, 24, dtype=BF16), _r(10, 20, 40, dtype=BF16), 9, 3, partials=1, seed_order=seed, **o)
     ),
@@ -90,8 +93,8 @@ CASES = {
     "w2_sorted": _operation(lambda cuda: cuda.w2_sorted(_r(2500), _r(777))),
 }
 OF = {  # the cases that can notice a site of this file; others: all
-    "gram.cu": ["gram_mma", "gram_float"], "gradient_tile.cuh": ["gram_mma", "gram_float"],
-    "gram_sm90.cuh": ["gram_wgmma", "gram_clusters"],
+    "gram.cu": ["gram_mma", "gram_float"], "gradient_tile.cuh": ["gram_mma", "gram_float", "gram_wgmma"],
+    "gram_sm90.cuh": ["gram_wgmma", "gram_clusters", "gram_two_sides"],
     "project.cu": ["project"], "lookahead.cu": ["lookahead", "lookahead_bounded"], "sample_loss.cu": ["sample_loss"],
     "w2.cu": ["w2_sorted"],
     "step.cu": ["step_gram", "step_project"], "solve.cuh": ["step_project"], "step_adamw.cu": ["step_adamw"],

@@ -78,16 +78,29 @@ def test_cuda_kernels_capture_too(served):
     a, b = torch.randn(64, 70, 64, device="cuda").bfloat16(), torch.randn(64, 70, 64, device="cuda").bfloat16()
     logits, target = torch.randn(33, 2049, device="cuda"), torch.zeros(33, dtype=torch.int64, device="cuda")
     losses = torch.randn(1000, device="cuda")
+    c, d = (torch.randn(128, 40, 768, device="cuda").bfloat16() for _ in range(2))  # 5 chunks
 
     def run():
         both = ef.ops.w2_sorted(losses, losses[:77].contiguous())
-        return [ef.ops.gram(a, b, route="tiles"), ef.ops.project_random(a, b, 9, seed=1), ef.ops.sample_loss(logits, target), *both]
+        grams = [ef.ops.gram(a, b, route="tiles"), ef.ops.gram(c, d, route="tiles"), ef.ops.gram(c, d, c[:9], d[:9], route="tiles")]
+        return [*grams, ef.ops.project_random(a, b, 9, seed=1), ef.ops.sample_loss(logits, target), *both]
 
     with served("cuda"):
         if dispatch._choose("gram", (a, b, None, None, "tiles")).backend is None:
             pytest.skip(dispatch._choose("gram", (a, b, None, None, "tiles")).reasons["cuda"])
         want = run()
         assert all(torch.equal(x, y) for x, y in zip(captured(run), want))
+
+
+def test_kernels_that_start_early_give_the_same_bits_every_time(served):
+    """Calls in turn, nothing waited for: a scratch that is read or overwritten too early would hold another call's gradients."""
+    calls = [[torch.randn(n, 40, 768, device="cuda").bfloat16() for _ in range(2)] for n in (128, 64, 200)]
+    with served("cuda"):
+        if dispatch._choose("gram", (*calls[0], None, None, "tiles")).backend is None:
+            pytest.skip(dispatch._choose("gram", (*calls[0], None, None, "tiles")).reasons["cuda"])
+        runs = [[ef.ops.gram(*call, route="tiles") for call in calls] for _ in range(100)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0]))
 
 
 def test_lookahead_with_a_capacity_captures_and_is_undone_to_the_bit(backend):

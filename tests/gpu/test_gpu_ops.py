@@ -80,6 +80,14 @@ def test_linear(check, shape, dtype):
         check("project_random", a, b, k, -5, 2**40 + 3, kind, eps=1e-6)
 
 
+@pytest.mark.parametrize("n", [128, 200])
+def test_gram_in_chunks(check, n):
+    """More tiles than the scratch of the CUDA form for sm_90a holds."""
+    a, b = (torch.randn(n, 40, 768).bfloat16() for _ in range(2))
+    check("gram", a, b, None, None, "tiles")
+    check("gram", a, b, a[:9], b[:9], "tiles")
+
+
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("case", [
     ((5, 16, 9, 9), (5, 32, 5, 5), [3, 3], [2, 2], [1, 1], [1, 1], 1),
