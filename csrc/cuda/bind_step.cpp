@@ -26,20 +26,23 @@ Tensor gram_of(const Call& call, const std::vector<Tensor>& tensors, int64_t k, 
   std::vector<Tensor> held;
   Groups groups;
   for (size_t i = 0; i < p; ++i) {
-    ScalarType type = tensors[i].scalar_type();
+    bool mixed = false, wide = false;
     for (int64_t j = 0; j < k; ++j) {
       const Tensor& x = tensors[j * p + i];
       call.require(x.numel() == tensors[i].numel(), "directions differ in size");
-      checked_type(call, x);
-      if (x.scalar_type() != type) type = type == ScalarType::Double || x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+      wide |= checked_type(call, x) == kDouble, mixed |= x.scalar_type() != tensors[i].scalar_type();
     }
     if (tensors[i].numel() == 0) continue;
+    const bool one = mixed && (wide || k > kMostMixed);  // type for all, in copies
     std::vector<const void*> pointers;
+    std::vector<int> types;
     for (int64_t j = 0; j < k; ++j) {
-      held.push_back(dense(tensors[j * p + i], type));
+      const Tensor& x = tensors[j * p + i];
+      held.push_back(dense(x, !one ? x.scalar_type() : wide ? ScalarType::Double : ScalarType::Float));
       pointers.push_back(data(held.back()));
+      types.push_back(type_of(held.back()));
     }
-    group(groups, {type_of(type)}, (int)k).add(i, tensors[i].numel(), 0, pointers, k);
+    group(groups, types, (int)k).add(i, tensors[i].numel(), 0, pointers, k);
   }
   if (groups.empty()) return torch::stable::new_zeros(tensors[0], {k, k}, ScalarType::Double);
   Tensor out = empty(tensors[0], {k, k}, ScalarType::Double);
@@ -48,7 +51,7 @@ Tensor gram_of(const Call& call, const std::vector<Tensor>& tensors, int64_t k, 
     const Table table = rows.upload(call, tensors[0]);
     Tensor partial = empty(tensors[0], {table.programs, k, k}, ScalarType::Double);
     const bool last = ++at == groups.size();
-    call(ef_cuda_step_gram(table, types[0], (int)k, data<double>(partial), rows.counter(), data<double>(out), at > 1,
+    call(ef_cuda_step_gram(table, types.data(), (int)k, data<double>(partial), rows.counter(), data<double>(out), at > 1,
                            last ? project : StepProject{}, call.stream));
   }
   return out;

@@ -18,6 +18,7 @@ struct Table {
   int columns, programs;  // programs: blocks that share the chunks
 };
 
+constexpr int kMostMixed = 4;  // of step_gram's directions: as many may have a type of their own, but for float64
 constexpr int kMostDirections = 32;  // of step_project: its matrices stand in one block's shared memory
 
 struct StepProject {  // the solve after the Gram of k directions, momentum where there is one, and the gradient
@@ -55,8 +56,9 @@ int ef_cuda_fill(int64_t* out, const int64_t* values, int64_t count, void* strea
 // one value, waiting for the stream
 int ef_cuda_fetch(const int64_t* from, int64_t* to, void* stream);
 
-// out (k, k) double, added to where `add`; partial (programs, k, k) double; counter: one zeroed cell. Columns: k directions.
-int ef_cuda_step_gram(ef::cuda::Table table, int type, int k, double* partial, unsigned* counter, double* out, int add,
+// out (k, k) double, added to where `add`; partial (programs, k, k) double; counter: one zeroed cell. Columns: k directions, of `types`
+// (host memory).
+int ef_cuda_step_gram(ef::cuda::Table table, const int* types, int k, double* partial, unsigned* counter, double* out, int add,
                       ef::cuda::StepProject project, void* stream);
 // Columns: theta, gradient, momentum (0: none), k directions. read: type of gradients and directions. coef: k of the compute type.
 int ef_cuda_step_update(ef::cuda::Table table, int param, int momentum, int read, int k, const void* coef,

@@ -22,30 +22,89 @@ EF_DEVICE void group_pair(int groups, int at, int* p, int* q) {
   *q = *p + at;
 }
 
-// sum += products of the directions x, and y where they are others, at U vectors of N elements, `stride` apart; all loads come
+// One direction, or none: what a thread holds of it until all its loads are under way, and that as numbers
+template <class T> struct List {
+  static constexpr int N = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T);
+  static constexpr int U = sizeof(T) < 8 ? 2 : 1;  // vectors at a time, where there is one group of up to three
+  using Held = Pack<N, T>;
+  Span<const T> p = nullptr;
+
+  EF_DEVICE void at(int64_t address, int) { p = pointer<const T>(address); }
+  template <bool WHOLE> EF_DEVICE void get(int64_t e, int many, Held& held) const {
+    if (p) read<WHOLE, N, T>(p, e, many, held);
+  }
+  EF_DEVICE void settle(Held&) const {}
+  static EF_DEVICE double number(const Held& held, int i) { return (double)widen(held[i]); }
+};
+
+// float32, bfloat16 or float16, as the list's type says, the same for all threads: 16 or 32 bytes are held, the latter as they are
+struct Mixed {};
+template <> struct List<Mixed> {
+  static constexpr int N = 8, U = 1;
+  struct Held {
+    Pack<4, uint32_t> half[2];
+    EF_DEVICE uint32_t& operator[](int i) { return half[i / 4][i % 4]; }
+    EF_DEVICE const uint32_t& operator[](int i) const { return half[i / 4][i % 4]; }
+  };
+  int64_t address = 0;
+  int type = kFloat;
+
+  EF_DEVICE void at(int64_t address_, int type_) { address = address_, type = type_; }
+  template <bool WHOLE> EF_DEVICE void get(int64_t e, int many, Held& held) const {
+    if (!address) return;
+    const auto words = pointer<const uint32_t>(address);
+    if constexpr (WHOLE) {
+      load<4, uint32_t>(words, type == kFloat ? e : e / 2, held.half[0]);
+      if (type == kFloat) load<4, uint32_t>(words, e + 4, held.half[1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (i < many) {
+          if (type == kFloat) held[i] = words[e + i];
+          else held[i / 2] |= (uint32_t)pointer<const uint16_t>(address)[e + i] << i % 2 * 16;
+        }
+    }
+  }
+  EF_DEVICE void settle(Held& held) const {  // 16-bit elements, which fill the lower half, become float32: from the last one on
+    if (type == kFloat) return;
+#pragma unroll
+    for (int i = N - 1; i >= 0; --i) {
+      const auto bits = (uint16_t)(held[i / 2] >> i % 2 * 16);
+      held[i] = bits_as<uint32_t>(type == kBf16 ? widen(Bf16{bits}) : widen(Half{bits}));
+    }
+  }
+  static EF_DEVICE double number(const Held& held, int i) { return (double)bits_as<float>(held[i]); }
+};
+
+// sum += products of the directions x, and y where they are others, at U vectors, `stride` apart; all loads come
 // before the first use of one, a value is widened to double once: conversions are the scarcest (16 a clock of a multiprocessor)
-template <bool SAME, bool WHOLE, int U, int N, int KB, class T>
-EF_DEVICE void add_products(double (&sum)[KB][KB], const Span<const T> (&x)[KB], const Span<const T> (&y)[KB], int64_t e, int64_t stride,
-                            int many) {
-  Pack<N, T> u[U][KB] = {}, v[U][SAME ? 1 : KB] = {};
+template <bool SAME, bool WHOLE, int U, int KB, class T>
+EF_DEVICE void add_products(double (&sum)[KB][KB], const List<T> (&x)[KB], const List<T> (&y)[KB], int64_t e, int64_t stride, int many) {
+  typename List<T>::Held u[U][KB] = {}, v[U][SAME ? 1 : KB] = {};
 #pragma unroll
   for (int q = 0; q < U; ++q)
 #pragma unroll
     for (int j = 0; j < KB; ++j) {
-      if (x[j]) read<WHOLE, N, T>(x[j], e + q * stride, many, u[q][j]);
-      if constexpr (!SAME)
-        if (y[j]) read<WHOLE, N, T>(y[j], e + q * stride, many, v[q][j]);
+      x[j].template get<WHOLE>(e + q * stride, many, u[q][j]);
+      if constexpr (!SAME) y[j].template get<WHOLE>(e + q * stride, many, v[q][j]);
     }
 #pragma unroll
   for (int q = 0; q < U; ++q)
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int j = 0; j < KB; ++j) {
+      x[j].settle(u[q][j]);
+      if constexpr (!SAME) y[j].settle(v[q][j]);
+    }
+#pragma unroll
+  for (int q = 0; q < U; ++q)
+#pragma unroll
+    for (int i = 0; i < List<T>::N; ++i) {
       double left[KB], right[KB];
 #pragma unroll
       for (int a = 0; a < KB; ++a) {
-        left[a] = (double)widen(u[q][a][i]);
+        left[a] = List<T>::number(u[q][a], i);
         if constexpr (SAME) right[a] = left[a];
-        else right[a] = (double)widen(v[q][a][i]);
+        else right[a] = List<T>::number(v[q][a], i);
       }
 #pragma unroll
       for (int a = 0; a < KB; ++a)
@@ -55,41 +114,42 @@ EF_DEVICE void add_products(double (&sum)[KB][KB], const Span<const T> (&x)[KB],
 }
 
 // sum: of directions p0.. with directions q0.., over this block's chunks
-template <bool SAME, int KB, class T> EF_DEVICE void products(double (&sum)[KB][KB], const Table& table, int k, int p0, int q0) {
-  constexpr int N = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T), U = SAME && KB < 4 && sizeof(T) < 8 ? 2 : 1;
+template <bool SAME, int KB, class T>
+EF_DEVICE void products(double (&sum)[KB][KB], const Table& table, unsigned types, int k, int p0, int q0) {
+  constexpr int N = List<T>::N, U = SAME && KB < 4 ? List<T>::U : 1;
   for_chunks(table, [&](Span<const int64_t> row, int64_t first, int64_t size) {
-    Span<const T> x[KB], y[KB];
+    List<T> x[KB], y[KB];
 #pragma unroll
     for (int j = 0; j < KB; ++j) {
-      x[j] = p0 + j < k ? pointer<const T>(row[kHead + p0 + j]) : Span<const T>(nullptr);
-      y[j] = !SAME && q0 + j < k ? pointer<const T>(row[kHead + q0 + j]) : Span<const T>(nullptr);
+      if (p0 + j < k) x[j].at(row[kHead + p0 + j], types >> 2 * j & 3);
+      if (!SAME && q0 + j < k) y[j].at(row[kHead + q0 + j], 0);
     }
     const bool vectors = aligned(row);
     const int64_t stop = least(first + kChunk, size);
     for (int64_t e = first + threadIdx.x * N; e < stop; e += kThreads * N * U) {
       if (vectors && e + (U - 1) * kThreads * N + N <= stop) {
-        add_products<SAME, true, U, N>(sum, x, y, e, kThreads * N, N);
+        add_products<SAME, true, U>(sum, x, y, e, kThreads * N, N);
       } else {
         for (int64_t at = e; at < stop && at < e + kThreads * N * U; at += kThreads * N)
-          add_products<SAME, false, 1, N>(sum, x, y, at, 0, (int)least<int64_t>(N, stop - at));
+          add_products<SAME, false, 1>(sum, x, y, at, 0, (int)least<int64_t>(N, stop - at));
       }
     }
   });
 }
 
-// MANY: more directions than a group has
+// MANY: more directions than a group has. types: of Mixed directions, two bits each
 template <class T, int KB, bool MANY> __global__ void __launch_bounds__(kThreads, 2)
-gram(Table table, int k, double* partial_, unsigned* counter, double* out_, bool add, StepProject project) {
+gram(Table table, unsigned types, int k, double* partial_, unsigned* counter, double* out_, bool add, StepProject project) {
   const Span<double> partial(partial_), out(out_);
   int p0, q0;
   group_pair(cdiv(k, KB), blockIdx.y, &p0, &q0);
   p0 *= KB, q0 *= KB;
   double sum[KB][KB] = {};
   if constexpr (MANY) {
-    if (p0 != q0) products<false, KB, T>(sum, table, k, p0, q0);
-    else products<true, KB, T>(sum, table, k, p0, p0);
+    if (p0 != q0) products<false, KB, T>(sum, table, types, k, p0, q0);
+    else products<true, KB, T>(sum, table, types, k, p0, p0);
   } else {
-    products<true, KB, T>(sum, table, k, p0, p0);
+    products<true, KB, T>(sum, table, types, k, p0, p0);
   }
 #pragma unroll
   for (int a = 0; a < KB; ++a)
@@ -118,11 +178,12 @@ gram(Table table, int k, double* partial_, unsigned* counter, double* out_, bool
 }
 
 template <class T, int KB, bool MANY>
-int launch_gram(Table table, int k, double* partial, unsigned* counter, double* out, bool add, const StepProject& project, void* stream) {
+int launch_gram(Table table, unsigned types, int k, double* partial, unsigned* counter, double* out, bool add, const StepProject& project,
+                void* stream) {
   const int groups = cdiv(k, KB), pairs = groups * (groups + 1) / 2;
   if (!MANY) EF_TRY(resident(gram<T, KB, MANY>, kThreads, &table.programs));
-  return launch(gram<T, KB, MANY>, dim3(table.programs, pairs), dim3(kThreads), project.coef ? solve_bytes(project.k) : 0, stream, table, k,
-                partial, counter, out, add, project);
+  return launch(gram<T, KB, MANY>, dim3(table.programs, pairs), dim3(kThreads), project.coef ? solve_bytes(project.k) : 0, stream, table,
+                types, k, partial, counter, out, add, project);
 }
 
 // ---- update ------------------------------------------------------------------------------------------------------
@@ -225,16 +286,22 @@ template <class T> int low_update(Table table, int momentum, int read, int k, co
 
 using namespace ef::cuda;
 
-EF_LAUNCHER ef_cuda_step_gram(Table table, int type, int k, double* partial, unsigned* counter, double* out, int add,
+EF_LAUNCHER ef_cuda_step_gram(Table table, const int* types, int k, double* partial, unsigned* counter, double* out, int add,
                               StepProject project, void* stream) {
   if (project.coef && project.k > kMostDirections) return kBadArgument;
-  return by_type(type, [&](auto zero) {
+  bool mixed = false, wide = false;
+  unsigned packed = 0;
+  for (int j = 0; j < k; ++j) mixed |= types[j] != types[0], wide |= types[j] == kDouble;
+  if (mixed && (wide || k > kMostMixed)) return kBadArgument;
+  for (int j = 0; mixed && j < k; ++j) packed |= types[j] << 2 * j;
+  const auto go = [&](auto run) { return run(table, packed, k, partial, counter, out, add != 0, project, stream); };
+  if (mixed) return go(k == 2 ? launch_gram<Mixed, 2, false> : k == 3 ? launch_gram<Mixed, 3, false> : launch_gram<Mixed, 4, false>);
+  return by_type(types[0], [&](auto zero) {
     using T = decltype(zero);
-    const auto run = k <= 2   ? launch_gram<T, 2, false>
-                     : k == 3 ? launch_gram<T, 3, false>
-                     : k == 4 ? launch_gram<T, 4, false>
-                              : launch_gram<T, 3, true>;
-    return run(table, k, partial, counter, out, add != 0, project, stream);
+    return go(k <= 2   ? launch_gram<T, 2, false>
+              : k == 3 ? launch_gram<T, 3, false>
+              : k == 4 ? launch_gram<T, 4, false>
+                       : launch_gram<T, 3, true>);
   });
 }
 

@@ -22,6 +22,26 @@ def test_gram_of_misaligned_mixed_and_strided_tensors(cuda):
     assert torch.equal(cuda.step_gram([torch.zeros(0)] * 2, 2), torch.zeros(2, 2, dtype=torch.float64))
 
 
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(
+    "types, copies",
+    [
+        ((F32, BF16), False), ((F16, F32), False), ((BF16, F32, BF16), False), ((F16, BF16, F32), False), ((F32, F16, F32, BF16), False),
+        ((F64, BF16), True), ((BF16, BF16, F32, F16, BF16), True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gram_of_lists_of_their_own_types(cuda, types, copies, aligned):
+    flat = [x for dtype in types for x in (some(dtype) if aligned else misaligned(some(dtype)))]
+    with torch.profiler.profile() as seen:
+        got = cuda.step_gram(flat, len(types))
+    torch.testing.assert_close(got, reference.step_gram([x.double() for x in flat], len(types)), rtol=1e-12, atol=1e-9)
+    assert ("aten::_to_copy" in {event.key for event in seen.key_averages()}) == copies
+
+
 def test_gram_is_the_same_in_any_order_of_blocks_and_threads(cuda):
     flat = [x for _ in range(2) for x in some(torch.float32)]
     found = []
