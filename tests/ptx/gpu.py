@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+# of warps: instructions; requests to global memory, 32-byte sectors they touch, bytes they ask for; passes over the banks of shared
+# memory if no two words met in one, and as it is
+COUNTED = ("instructions", "requests", "sectors", "bytes", "passes", "wavefronts")
 sys.path.insert(0, str(HERE.parent / "kernels"))
 FLAGS = "-std=c++20 -O2 -march=native -ffp-contract=off -fPIC -shared".split()
 
@@ -54,7 +57,7 @@ class Program:
     def launch(self, grid, threads: int, shared: int, args: list[int], seed: int = 1, eager: bool = False) -> dict[str, int]:
         """args: bits. Returns what was counted."""
         allowed = [x for pair in _living() for x in pair]
-        counted = (ctypes.c_uint64 * 4)()
+        counted = (ctypes.c_uint64 * len(COUNTED))()
         failed = machine().ptx_launch(
             self.handle, (ctypes.c_uint32 * 3)(*grid), ctypes.c_uint32(threads), ctypes.c_uint32(shared),
             (ctypes.c_uint64 * len(args))(*args), ctypes.c_int64(len(args)), (ctypes.c_uint64 * len(allowed))(*allowed),
@@ -62,7 +65,7 @@ class Program:
         )  # fmt: skip
         if failed:
             raise RuntimeError(machine().ptx_error().decode())
-        return dict(zip(("instructions", "requests", "sectors", "bytes"), counted))
+        return dict(zip(COUNTED, counted))
 
 
 def _living() -> list[tuple[int, int]]:

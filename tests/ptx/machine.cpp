@@ -135,7 +135,8 @@ void* ptx_read(const char* text) {
 int ptx_params(void* program) { return int(static_cast<Program*>(program)->params.size()); }
 void ptx_free(void* program) { delete static_cast<Program*>(program); }
 
-// allowed: pairs from, to, sorted. counted: instructions of warps, global requests, their sectors of 32 bytes, bytes asked for
+// allowed: pairs from, to, sorted. counted: instructions of warps, global requests, their sectors of 32 bytes, bytes asked for; passes over shared
+// memory's banks without and with conflicts
 int ptx_launch(void* program, const uint32_t* grid, uint32_t threads, uint32_t shared_bytes, const uint64_t* args, int64_t many,
                const uint64_t* allowed, int64_t ranges, uint32_t seed, int eager, uint64_t* counted) {
   try {
@@ -146,6 +147,7 @@ int ptx_launch(void* program, const uint32_t* grid, uint32_t threads, uint32_t s
     std::shuffle(order.begin(), order.end(), launch.random);
     for (uint64_t index : order) run_block(*static_cast<Program*>(program), launch, index);
     counted[0] = launch.instructions, counted[1] = launch.requests, counted[2] = launch.sectors, counted[3] = launch.bytes;
+    counted[4] = launch.shared, counted[5] = launch.wavefronts;
     return 0;
   } catch (const std::exception& e) {
     message = e.what();

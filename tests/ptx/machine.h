@@ -57,7 +57,7 @@ struct Launch {
   std::vector<std::pair<uint64_t, uint64_t>> allowed;  // [from, to), sorted
   bool eager;
   std::mt19937 random;
-  uint64_t instructions = 0, requests = 0, sectors = 0, bytes = 0;  // of warps; the last three of global memory
+  uint64_t instructions = 0, requests = 0, sectors = 0, bytes = 0, shared = 0, wavefronts = 0;  // of warps; see memory.h
 };
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }

@@ -30,7 +30,12 @@ inline void matrices(Warp& w, const Instruction& i, Mask m) {
   w.all_here(m, "ldmatrix or stmatrix");
   for (int q = 0; q < i.shape[0]; ++q) {
     unsigned char* rows[8];
-    for (int r = 0; r < 8; ++r) rows[r] = w.shared(w.row(i.from[0])[q * 8 + r] + i.offset, 16);
+    std::vector<uint32_t> starts;
+    for (int r = 0; r < 8; ++r) {
+      starts.push_back(uint32_t(w.row(i.from[0])[q * 8 + r] + i.offset));
+      rows[r] = w.shared(starts[r], 16);
+    }
+    count_shared(w, starts, 16);
     for (int l = 0; l < 32; ++l) {
       const int g = l / 4, t = l % 4;
       unsigned char* at[2] = {i.shape[1] ? rows[2 * t] + 2 * g : rows[g] + 4 * t, i.shape[1] ? rows[2 * t + 1] + 2 * g : rows[g] + 4 * t + 2};

@@ -7,7 +7,8 @@
 
 namespace ptx {
 
-// ---- what global accesses cost: sectors of 32 bytes a request touches
+// ---- what accesses cost: sectors of 32 bytes that a global request touches; passes over the 32 banks that a shared one takes,
+// beside those it would take if no two of its words shared a bank
 
 inline void count_request(Warp& w, Mask m, const uint64_t* address, int bytes) {
   std::vector<uint64_t> sectors;
@@ -18,6 +19,21 @@ inline void count_request(Warp& w, Mask m, const uint64_t* address, int bytes) {
   std::sort(sectors.begin(), sectors.end());
   w.block.launch.sectors += std::unique(sectors.begin(), sectors.end()) - sectors.begin();
   ++w.block.launch.requests;
+}
+
+inline void count_shared(Warp& w, const std::vector<uint32_t>& starts, int bytes) {  // of lanes, or of matrices' rows
+  const size_t together = std::max<size_t>(1, std::min<size_t>(32, 128 / bytes));
+  for (size_t first = 0; first < starts.size(); first += together) {
+    std::vector<uint32_t> words[32];
+    size_t deepest = 1;
+    for (size_t l = first; l < std::min(starts.size(), first + together); ++l)
+      for (uint32_t word = starts[l] / 4; word <= (starts[l] + bytes - 1) / 4; ++word) {
+        auto& bank = words[word % 32];
+        if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+        deepest = std::max(deepest, bank.size());
+      }
+    ++w.block.launch.shared, w.block.launch.wavefronts += deepest;
+  }
 }
 
 inline uint64_t value(const unsigned char* from, int size, bool sign) {
@@ -40,6 +56,14 @@ template <Space S> unsigned char* place(Warp& w, uint64_t address, int bytes, in
   return reinterpret_cast<unsigned char*>(address);
 }
 
+template <Space S> void count(Warp& w, Mask m, const uint64_t* address, int bytes) {
+  if (S == Space::kGlobal) count_request(w, m, address, bytes);
+  if (S != Space::kShared) return;
+  std::vector<uint32_t> starts;
+  lanes(m, [&](int l) { starts.push_back(uint32_t(address[l])); });
+  count_shared(w, starts, bytes);
+}
+
 // shape[0]: sign extension
 template <Space S> void load(Warp& w, const Instruction& i, Mask m) {
   uint64_t address[32];
@@ -49,7 +73,7 @@ template <Space S> void load(Warp& w, const Instruction& i, Mask m) {
     const unsigned char* from = place<S>(w, address[l], bytes, l);
     for (int k = 0; k < i.many; ++k) w.row(i.to[k])[l] = value(from + k * i.size, i.size, i.shape[0]);
   });
-  if (S == Space::kGlobal && m) count_request(w, m, address, bytes);
+  count<S>(w, m, address, bytes);
 }
 
 template <Space S> void store(Warp& w, const Instruction& i, Mask m) {
@@ -60,7 +84,7 @@ template <Space S> void store(Warp& w, const Instruction& i, Mask m) {
     unsigned char* to = place<S>(w, address[l], bytes, l);
     for (int k = 0; k < i.many; ++k) std::memcpy(to + k * i.size, w.row(i.from[1 + k]) + l, i.size);
   });
-  if (S == Space::kGlobal && m) count_request(w, m, address, bytes);
+  count<S>(w, m, address, bytes);
 }
 
 inline void atomic_add(Warp& w, const Instruction& i, Mask m) {
