@@ -54,7 +54,8 @@ def _combine(
         s = tl.load(w + k.to(tl.int64) * w_row + i * w_column, mask=rm, other=0.0).to(tl.float32)
         u = tl.load(b + bo[:, None] + o[None, :], mask=rm[:, None] & om[None, :], other=0.0)
         v = tl.load(a + ao[:, None] + off[None, :], mask=rm[:, None] & cm[None, :], other=0.0)
-        u = (u.to(tl.float32) * s[:, None]).to(v.dtype)
+        # v, not u: Triton 3.6 overwrites a left operand made in registers while wgmma may still read it (triton issue 9433)
+        v = (v.to(tl.float32) * s[:, None]).to(u.dtype)
         acc = tl.dot(tl.trans(u), v, acc, input_precision=PREC)
     at = (((split.to(tl.int64) * m + k) * groups + g) * d_out + o)[:, None] * d_in + c[None, :]
     tl.store(out + at, acc, mask=om[:, None] & cm[None, :])

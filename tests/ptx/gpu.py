@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 # memory if no two words met in one, and as it is
 COUNTED = ("instructions", "requests", "sectors", "bytes", "passes", "wavefronts")
 sys.path.insert(0, str(HERE.parent / "kernels"))
+PROCESSORS = {"sm_80": 108, "sm_90": 132}  # an A100's, an H100's: they set how sums are split
 FLAGS = "-std=c++20 -O2 -march=native -ffp-contract=off -fPIC -shared".split()
 
 
@@ -103,7 +104,7 @@ def _program(ptx: str) -> Program:
 def running(target: str, seed: int = 1, eager: bool = False, counted: list | None = None):
     """Every launch of a Triton kernel within runs compiled for ``target``; counted gets (kernel's name, counts) of each."""
     import launches
-    from entangle_fast.kernels import tune
+    from entangle_fast.kernels import launch, tune
     from triton.runtime.jit import JITFunction
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -119,8 +120,9 @@ def running(target: str, seed: int = 1, eager: bool = False, counted: list | Non
         if counted is not None:
             counted.append((self.fn.__name__, found))
 
-    kept, JITFunction.run, major, tune.major = JITFunction.run, run, tune.major, lambda: launches.MAJOR.get(target)
+    kept = JITFunction.run, tune.major, launch.processors
+    JITFunction.run, tune.major, launch.processors = run, lambda: launches.MAJOR.get(target), lambda x: PROCESSORS[target]
     try:
         yield
     finally:
-        JITFunction.run, tune.major = kept, major
+        JITFunction.run, tune.major, launch.processors = kept
