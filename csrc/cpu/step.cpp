@@ -136,10 +136,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tenso
   slots = capacity.value_or(slots);
   Tensor index = torch::stable::new_empty(params[0], {slots, 2}, ScalarType::Long);
   Tensor value = torch::stable::new_empty(params[0], {slots}, ScalarType::Double);
-  int64_t at = 0;
+  int64_t at = 0, *const places = data<int64_t>(index);
+  double* const values = data<double>(value);
   const auto list = [&](const Far& x) {
-    data<int64_t>(index)[2 * at] = x.tensor, data<int64_t>(index)[2 * at + 1] = x.element;
-    data<double>(value)[at++] = x.value;
+    places[2 * at] = x.tensor, places[2 * at + 1] = x.element;
+    values[at++] = x.value;
   };
   for (const auto& f : far)
     for (const Far& x : f) {
@@ -184,13 +185,15 @@ void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, 
     }
   });
   const Tensor where = torch::stable::contiguous(index), what = torch::stable::contiguous(value);
-  for (int64_t r = 0; r < what.numel(); ++r) {
-    const int64_t i = data<int64_t>(where)[2 * r], e = data<int64_t>(where)[2 * r + 1];
+  const int64_t *const places = data<int64_t>(where), slots = what.numel();
+  const double* const values = data<double>(what);
+  for (int64_t r = 0; r < slots; ++r) {
+    const int64_t i = places[2 * r], e = places[2 * r + 1];
     if (i == -1) continue;  // a slot that was left over
     check(i >= 0 && i < (int64_t)theta.size() && e >= 0 && e < theta[i].now.numel(), "index is out of range");
     by_type(params[i].scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      const typename Rows<T>::A x = data<double>(what)[r];
+      const typename Rows<T>::A x = values[r];
       elements<T>().write(&x, data<T>(theta[i].now) + e, 1);
     });
   }
