@@ -40,7 +40,7 @@ def decay_noise_step(
 
 
 @contextlib.contextmanager
-def lookahead(params: Tensors, grads: Tensors, alpha: float, capacity: int | None = None) -> Iterator[None]:
+def lookahead(params: Tensors, grads: Tensors, alpha: float, capacity: int | None = None) -> Iterator[Tensor | None]:
     """Inside the ``with`` the parameters stand at θ − alpha·g; afterwards at the very bits they had before.
 
     One byte a parameter is held, not a copy of the model. grads must not change in between. Autograd counts both as changes:
@@ -49,6 +49,7 @@ def lookahead(params: Tensors, grads: Tensors, alpha: float, capacity: int | Non
     capacity: elements that may need more than the byte (|θ| far below |alpha·g|, or not finite). None: as many as there are; on
     a GPU the host waits once to know. An int ≥ 0: no wait, and the whole can be captured into a CUDA graph; elements beyond it
     stay at θ inside the ``with``. ops.step_lookahead says how to count them.
+    Gives None without a capacity; with one a 0-d bool on the device, true where a slot was left, so that every element moved.
 
     >>> import torch, entangle_fast as ef
     >>> p = torch.tensor([0.1, 0.2])
@@ -62,7 +63,7 @@ def lookahead(params: Tensors, grads: Tensors, alpha: float, capacity: int | Non
     with torch.no_grad():
         residue = ops.step_lookahead(params, grads, alpha, capacity)
     try:
-        yield
+        yield None if capacity is None else (residue[1][-1:, 0] < 0).any()
     finally:
         with torch.no_grad():
             ops.step_lookahead_undo(params, grads, residue, alpha)

@@ -73,12 +73,15 @@ def test_lookahead_with_a_capacity_moves_all_but_what_has_no_slot():
     params, grads = [torch.cat([torch.full((4,), 1e-6), torch.ones(3)])], [torch.full((7,), 1 / 3)]
     before = params[0].clone()
     for capacity, left in ((0, 4), (3, 1), (4, 0), (9, 0)):
-        with lookahead(params, grads, 0.7, capacity=capacity):
+        with lookahead(params, grads, 0.7, capacity=capacity) as spare:
             moved = params[0] != before
+        assert spare.shape == () and bool(spare) == (capacity > 4)
         assert moved.tolist() == [k < capacity for k in range(4)] + [True] * 3 and torch.equal(params[0], before)
         ulps, _, _ = residue = ops.step_lookahead(params, grads, 0.7, capacity)
         assert sum((u == -128).sum() for u in ulps) == left
         ops.step_lookahead_undo(params, grads, residue, 0.7)
+    with lookahead(params, grads, 0.7) as spare:
+        assert spare is None
 
 
 def test_lookahead_is_undone_after_an_error():
