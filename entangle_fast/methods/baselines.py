@@ -13,7 +13,7 @@ import torch
 from .. import weights
 from .process import Process
 from .sgd import SgdOptions, SgdProcess, positive
-from .training import fit
+from .training import fit, sent
 
 
 @dataclass
@@ -136,7 +136,7 @@ class _RandomLabels(SgdProcess):
         classes = output.shape[1]
         if not hasattr(self, "shift"):
             self.shift = torch.randint(1, classes, (len(forget),), generator=torch.Generator().manual_seed(self.seed))
-        wrong = (y + self.shift[rows].to(y.device)) % classes
+        wrong = (y + sent(self.shift[rows], y.device)) % classes
         losses = self.checked(self.loss(output, wrong), len(y), "forget")
         row["loss_forget"] = losses.detach().mean()
         self.note_right(output, y)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import data as loading
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from .training import batch_order, in_mode
+from .training import batch_order, in_mode, sent
 
 NAMES = ("forget", "adjacent", "remote")
 Samples = tuple[Tensor, Tensor] | Dataset  # (x, y), or a map-style Dataset of such pairs: what functions that need samples take
@@ -58,11 +58,11 @@ class SampleSet:
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Samples at ``rows`` (int64), on the device."""
         x, y = self.part(rows) if self.tensors else self._read(rows)
-        return x.to(self.device), y.to(self.device)
+        return sent(x, self.device), sent(y, self.device)
 
     def part(self, rows: Tensor) -> Samples:
         """Samples at ``rows`` (int64) as data of their own: tensors where they lie, or a Subset, which reads none."""
-        return tuple(t[rows.to(t.device)] for t in self.tensors) if self.tensors else Subset(self.dataset, rows.tolist())
+        return tuple(t[sent(rows, t.device)] for t in self.tensors) if self.tensors else Subset(self.dataset, rows.tolist())
 
     def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         samples = [self._sample(i) for i in rows.tolist()]

@@ -42,6 +42,17 @@ def device_of(model):
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+PINNED = {"cuda"}  # devices that fetch from pinned memory while the host goes on
+A_BATCH = 1 << 26  # bytes; of more the copy takes longer than the wait, and torch keeps the memory that it has pinned
+
+
+def sent(x, device):
+    """`x` on `device`. The host does not wait for a batch: `x.to(device)` would, for all the work that is queued there."""
+    if x.device.type == "cpu" and torch.device(device).type in PINNED and x.nbytes <= A_BATCH:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def batch_order(n, seed, epoch):
     """The order in which an epoch visits n samples: a permutation (n,) int64, a pure function of its arguments."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
@@ -88,10 +99,10 @@ def fit(model, x, y, *, epochs, lr, batch_size, seed, weight_decay=0.0, optimize
             for rows in batch_order(len(x), seed, epoch).tensor_split(per_epoch):
                 for group in stepper.param_groups:
                     group["lr"] = learning_rate(step, epochs * per_epoch, lr)
-                batch = x[rows.to(x.device)].to(device)
+                batch = sent(x[sent(rows, x.device)], device)
                 if augment is not None:
                     batch = augment(batch, torch.Generator().manual_seed(1_000_003 * seed + step))
-                loss = F.cross_entropy(model(batch), y[rows.to(y.device)].to(device))
+                loss = F.cross_entropy(model(batch), sent(y[sent(rows, y.device)], device))
                 step += 1
                 value = loss.item()
                 if not math.isfinite(value):

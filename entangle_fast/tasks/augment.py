@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ..methods.training import sent
+
 
 class RandomShift:
     """Move each image of a batch (n, C, H, W) by up to `pixels` in each direction, its edge repeated.
@@ -20,8 +22,8 @@ class RandomShift:
         padded = F.pad(x, [self.pixels] * 4, mode="replicate")
         where = torch.randint(k * k, (len(x),), generator=generator)
         out = torch.empty_like(x)
-        for shift in range(k * k):
-            rows = (where == shift).nonzero().squeeze(1).to(x.device)
+        order = sent(where.argsort(stable=True), x.device)  # the images of each shift, on the device at once
+        for shift, rows in enumerate(order.split(where.bincount(minlength=k * k).tolist())):
             top, left = divmod(shift, k)
             out[rows] = padded[rows, :, top : top + height, left : left + width]
         return out
