@@ -92,7 +92,7 @@ class Run:
             self.history[-1] |= {f"acc_{s}": after[s] for s in NAMES}
         result = Result(
             self.model, self.name, self.method, self.seed, self.before, after, self.seconds, peak.mb,
-            [_floats(row) for row in self.history], self.losses, facts, self.task, self.settings, self._identity(),
+            _floats(self.history), self.losses, facts, self.task, self.settings, self._identity(),
         )  # fmt: skip
         if self.out is not None:
             result.save(self.out, overwrite=True)
@@ -139,9 +139,9 @@ class Run:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"process.{k}": v for k, v in self.process.state().items()}
         tensors |= {f"losses.{k}": v for k, v in self.losses.items()}
-        history = [_floats(row) for row in self.history]
+        self.history = _floats(self.history)
         notes = {
-            "done": self.process.done, "stopped": self.process.stopped, "seconds": self.seconds, "history": history,
+            "done": self.process.done, "stopped": self.process.stopped, "seconds": self.seconds, "history": self.history,
             "before": self.before, **self._identity(),
         }  # fmt: skip
         storage.save_tensors(self.out / CHECKPOINT, tensors, {"run": json.dumps(storage.plain(notes))})
@@ -218,11 +218,16 @@ class Run:
         )  # fmt: skip
 
 
-def _floats(row: dict) -> dict:
-    """Numbers out of 0-d tensors; the angle beside the cosine."""
-    out = {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()}
-    if out.get("cosine") is not None:
-        out["angle_deg"] = math.degrees(math.acos(max(-1.0, min(1.0, out["cosine"]))))
+def _floats(rows: list[dict]) -> list[dict]:
+    """Numbers out of 0-d tensors, all read at once: the host waits for a device once, not for each; the angle beside the cosine."""
+    held: dict[torch.device, list[Tensor]] = {}
+    for v in (v for row in rows for v in row.values() if isinstance(v, Tensor)):
+        held.setdefault(v.device, []).append(v.detach().double())
+    read = {device: iter(torch.stack(found).tolist()) for device, found in held.items()}
+    out = [{k: next(read[v.device]) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows]
+    for row in out:
+        if row.get("cosine") is not None:
+            row["angle_deg"] = math.degrees(math.acos(max(-1.0, min(1.0, row["cosine"]))))
     return out
 
 

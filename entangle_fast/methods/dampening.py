@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..capture import capture
 from ..capture.squares import square_sums
@@ -81,8 +82,8 @@ class _Ssd(Process):
         return {"epoch": (k + 1) / len(self.chunks), f"loss_{name}": losses.detach().mean()}
 
     @torch.no_grad()
-    def _dampen(self) -> float:
-        """The share of parameters that were dampened."""
+    def _dampen(self) -> Tensor:
+        """The share of parameters that were dampened, 0-d."""
         c, count = self.config, 0
         n, m = len(self.data.forget), sum(len(s) for s in self.data.retain)
         for p, forget, retain in zip(self.params, self.squares["forget"], self.squares["retain"]):
@@ -91,8 +92,8 @@ class _Ssd(Process):
             chosen = mine > c.alpha * whole
             beta = (c.lam * whole / mine).clamp(max=1)  # 0/0 is never chosen
             p.copy_(torch.where(chosen, p * beta, p))
-            count += int(chosen.sum())
-        return count / sum(p.numel() for p in self.params)
+            count = count + chosen.sum()
+        return count.double() / sum(p.numel() for p in self.params)
 
     def state(self):
         return {f"squares.{side}.{i}": z for side, found in self.squares.items() for i, z in enumerate(found)}

@@ -29,7 +29,7 @@ from ..capture import capture
 from ..optim import ProjectedMomentum
 from .process import Process, shorten
 from .propositions import first_order, forget_bound
-from .training import in_mode
+from .training import in_mode, sent
 
 
 @dataclass
@@ -113,6 +113,7 @@ class EntangledProcess(Process):
         self.remote_start: Tensor | None = None  # L_rem(θ0)
         self.reference: Tensor | None = None  # ℓ(θ̄) of every forget sample, or its outputs for w2="features"
         self.latest: Tensor | None = None  # the same at the last time each sample was seen
+        self._seen: Tensor | None = None  # the same, with those of the step that is being taken
         self.bound: dict = {}
 
     @property
@@ -149,6 +150,7 @@ class EntangledProcess(Process):
             forget, remote, self.remote_start, self.multiplier, mu=c.mu, gamma=c.gamma, clip=c.clip, penalty=c.penalty
         )
         grads = self.gradient((torch.cat([w.forget, w.remote]) * both).sum(), "forget or the remote")
+        self.settle()
         for p, g in zip(self.params, grads):
             p.grad = g
         self.adam.step()
@@ -175,6 +177,7 @@ class EntangledProcess(Process):
         c = self.config
         if c.schedule2 == "linear":
             self.sgd.param_groups[0]["lr"] = c.lr2 * (1 - k / self.stages[1][1])
+        self._seen = self.latest
         _, xa, ya = self.data.adjacent.batch(k, c.adjacent_batch2)
         adjacent = self.losses(xa, ya, "adjacent")
         g_adjacent = self.gradient(adjacent.mean(), None if c.away_from == "means" else "adjacent")
@@ -186,12 +189,13 @@ class EntangledProcess(Process):
             row.update(self.sgd.step(g_adjacent, directions, check=self._means_are_finite))
         else:
             row.update(self._away_from_samples(k, g_adjacent, row))
+        self.latest = self._seen
         return row
 
     def _means_are_finite(self, gram: Tensor) -> None:
         """The step's Gram has read all three gradients: its diagonal tells of each, at no pass of its own."""
         for k, name in ((0, "forget"), (1, "remote"), (-1, "adjacent")):
-            self._note(gram[k, k], name, "gradient")
+            self.note_finite(gram[k, k], name, "gradient")
         self.settle()
 
     def _sum_of_minibatches(self, one, k, row) -> list[Tensor]:
@@ -232,14 +236,14 @@ class EntangledProcess(Process):
         sign = 1.0 if c.forget_sign == "paper" else -1.0
         plain = sign * (1 - c.alpha) * weights.means(losses)
         current = (output if c.w2 == "features" else losses).detach()
-        rows = rows.to(current.device)
+        rows = sent(rows, current.device)
         if c.w2_set == "batch":
             distance, slope = weights.w2(current, self.reference[rows], c.w2)
         else:
-            self.settle()  # the latest losses are kept: what is not finite must not come among them
-            self.latest[rows] = current.to(self.latest.dtype)
-            distance, slope = weights.w2(self.latest, self.reference, c.w2)
-            slope = slope[rows] * (len(self.latest) / len(rows))  # the batch stands for the whole set
+            self._seen = self._seen.clone()  # not in place: what is not finite must not come among the latest
+            self._seen[rows] = current.to(self._seen.dtype)
+            distance, slope = weights.w2(self._seen, self.reference, c.w2)
+            slope = slope[rows] * (len(self._seen) / len(rows))  # the batch stands for the whole set
         slope = c.alpha * slope.to(current.dtype)
         return (plain, slope, distance) if c.w2 == "features" else (plain + slope, None, distance)
 

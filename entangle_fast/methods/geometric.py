@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops, weights
+from .. import ops
 from .orthograd import JointBatch, share_in_unit_interval, two_at_least
 from .sgd import SgdOptions, positive
 
@@ -80,10 +80,10 @@ class _Geometric(JointBatch):
         torch._foreach_lerp_(self.second, torch._foreach_mul(raw, raw), 1 - c.beta2)
         metric = self.metric(k + 1)
         root = torch._foreach_sqrt(metric)
-        gram = ops.step_gram([torch._foreach_mul(g, root) for g in (*span, forget)])
-        away = weights.project_away(gram[:-1, :-1], gram[:-1, -1])
-        for coef, u in zip(away.to(w.dtype), span):
-            torch._foreach_add_(raw, torch._foreach_mul(u, coef))
+        *directions, g = (torch._foreach_mul(u, root) for u in (*span, forget))
+        _, coef = ops.step_project(directions, None, g, rcond=len(span) * torch.finfo(torch.float64).eps)
+        for c_u, u in zip(coef.to(w.dtype), span):
+            torch._foreach_sub_(raw, torch._foreach_mul(u, c_u))
         return torch._foreach_mul(raw, metric)
 
     def metric(self, steps: int) -> list[torch.Tensor]:

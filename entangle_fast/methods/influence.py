@@ -161,6 +161,7 @@ class InfluenceProcess(Process):
             row[f"loss_{samples.name}"] = self.checked(part, len(part), samples.name).mean()
             w.append(-c.gamma * weights.clipped(part, c.clip) if samples is d.forget else torch.full_like(part, 1 / retained))
         grads = self.gradient((torch.cat(w) * losses).sum())
+        self.settle()
         if math.isfinite(c.max_norm):
             shorten(grads, c.max_norm)
         return grads

@@ -34,10 +34,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops, weights
-from ..optim import lookahead
+from .ahead import AheadProcess
 from .baselines import reset
 from .process import sample_cross_entropy, square
-from .sgd import SgdOptions, SgdProcess, positive
+from .sgd import SgdOptions, positive
+from .training import sent
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Lookahead(SgdOptions):
         return LookaheadProcess(self, model, data, loss, seed)
 
 
-class LookaheadProcess(SgdProcess):
+class LookaheadProcess(AheadProcess):
     def __init__(self, config, model, data, loss, seed):
         # the fused loss is differentiable once
         twice = config.order == 2 and loss is sample_cross_entropy
@@ -133,12 +134,12 @@ class LookaheadProcess(SgdProcess):
         if c.angle_every and k % c.angle_every == 0:
             self._measure(k, row, None if c.swap else g)
         # the undo gives the very bits back, so graph's saved parameters are right whatever their version counters say
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self.params)), lookahead(self.params, g, c.alpha):
+        with torch.autograd._unsafe_preserve_version_counter(tuple(self.params)), self.ahead(g, c.alpha):
             ahead = self.gradient(outer(k, {}), f"{outer.__name__[1:]} (at θ′)")
         if second:
             curved = None if graph is None else self._double_backward(graph, ahead)
             curved = self._difference(inner, k, ahead) if curved is None else curved
-            self.must_be_finite(curved, "training", "Hessian-vector product")
+            self.note_finite(curved, "training", "Hessian-vector product")
             ahead = torch._foreach_sub(ahead, curved, alpha=c.alpha)
         return torch._foreach_add(torch._foreach_mul(g, share), ahead, alpha=share_ahead)
 
@@ -153,7 +154,7 @@ class LookaheadProcess(SgdProcess):
             return -(weights.clipped(losses, c.clip) * losses).sum()
         rows, x, y = forget.batch(k, c.batch)
         output = self.model(x)
-        losses = self.checked(self.loss(output, self.labels[rows.to(y.device)]), len(y), "forget")
+        losses = self.checked(self.loss(output, self.labels[sent(rows, y.device)]), len(y), "forget")
         self.note_right(output, y)
         return losses.mean()
 
@@ -178,7 +179,7 @@ class LookaheadProcess(SgdProcess):
             found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found)]
             if missing := _underivable(found):
                 raise RuntimeError(f"{missing} has no derivative")
-            self.must_be_finite([g.detach() for g in found], "forget" if self.config.swap else "retain", "gradient")
+            self.note_finite([g.detach() for g in found], "forget" if self.config.swap else "retain", "gradient")
             return found
         return None
 
@@ -210,7 +211,7 @@ class LookaheadProcess(SgdProcess):
         move = torch._foreach_mul(v, torch.where(norm > 0, step / norm, 0))
         ends = []
         for sign in (-1.0, 1.0):
-            with lookahead(self.params, move, sign):
+            with self.ahead(move, sign):
                 ends.append(self.gradient(inner(k, {}), f"{inner.__name__[1:]} (beside θ)"))
         return torch._foreach_mul(torch._foreach_sub(*ends), norm / (2 * step))
 
@@ -244,6 +245,7 @@ class LookaheadProcess(SgdProcess):
         for _, x, y in self.data.forget.chunks(c.batch):
             g = self.gradient(self.losses(x, y, "forget").mean(), "forget")
             torch._foreach_add_(total, torch._foreach_abs(g))
+        self.settle()
         saliency = torch.cat([(self.params[i].detach() * total[i]).abs().flatten() for i in kept])
         count = round(c.trim * len(saliency))
         chosen = torch.zeros_like(saliency, dtype=torch.bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Process(ABC):
             raise ValueError(f"model: parameters are {', '.join(kinds)}; need one dtype on one device: model.to(...)")
         self.done = 0
         self.stopped = False  # a method may end before its last step
-        self._unread: list[tuple[Tensor, str]] = []  # is this finite, on the device, and what is it
+        self._unread: list[tuple[Tensor, Callable[[bool], None]]] = []  # on the device, and who is told
 
     # ---- what a method says ----
 
@@ -125,41 +126,51 @@ class Process(ABC):
         return self.checked(self.loss(self.model(x), y), len(y), name)
 
     def checked(self, losses: Tensor, n: int, name: str) -> Tensor:
-        """The losses, of the right shape. Whether they are finite is read with the gradients (gradient, must_be_finite), one wait
-        for the device a step, not one a set; a method that forms its gradients otherwise calls settle before it changes anything."""
-        self._note(per_sample(losses, n), name, "loss")
+        """The losses, of the right shape; whether they are finite is noted."""
+        self.note_finite(per_sample(losses, n), name, "loss")
         return losses
 
-    def _note(self, values: Tensor, name: str, what: str) -> None:
-        self._unread.append((torch.isfinite(values.detach()).all(), f"{what} on the {name} set"))
+    def ask(self, flag: Tensor, answer: Callable[[bool], None]) -> None:
+        """Have a 0-d bool read with all the others: settle tells ``answer``. The host waits once a step, not once a question."""
+        self._unread.append((flag, answer))
+
+    def note_finite(self, values: Tensor | Sequence[Tensor], name: str, what: str) -> None:
+        """These must be finite: settle says so. values: a tensor, or many, read once for their sum of squares."""
+        values = values if isinstance(values, Tensor) else square(values)
+        self.ask(torch.isfinite(values.detach()).all(), partial(self._refuse_unless, f"{what} on the {name} set"))
 
     def must_be_finite(self, values: Tensor | Sequence[Tensor], name: str, what: str) -> None:
-        """These, and all losses since the last call, or NonFinite. values: a tensor, or many, read once for their sum of squares."""
-        self._note(values if isinstance(values, Tensor) else square(values), name, what)
+        """These, and all that was noted since the last call, or NonFinite."""
+        self.note_finite(values, name, what)
         self.settle()
 
     def settle(self) -> None:
-        """Wait for the device and raise NonFinite for the first thing that was not finite."""
-        flags, words = zip(*self._unread) if self._unread else ((), ())
-        self._unread.clear()
-        for finite, what in zip(torch.stack(flags).tolist() if flags else (), words):
-            if not finite:
-                stage, k = self.where()
-                raise NonFinite(
-                    f"{stage}, step {k + 1} of {dict(self.stages).get(stage, 0)}: non-finite {what}; the model is as it was "
-                    "before this step; lower the learning rate, or look for non-finite inputs"
-                )
+        """Wait for the device and give the answers, in the order of the questions: NonFinite for the first thing that was not finite.
+        Every step calls it before it changes anything."""
+        unread, self._unread = self._unread, []
+        if unread:
+            flags, answers = zip(*unread)
+            for flag, answer in zip(torch.stack(flags).tolist(), answers):
+                answer(flag)
+
+    def _refuse_unless(self, what: str, finite: bool) -> None:
+        if not finite:
+            stage, k = self.where()
+            raise NonFinite(
+                f"{stage}, step {k + 1} of {dict(self.stages).get(stage, 0)}: non-finite {what}; the model is as it was "
+                "before this step; lower the learning rate, or look for non-finite inputs"
+            )
 
     def gradient(self, weighted: Tensor, name: str | None = "training") -> list[Tensor]:
         """∇ Σ_i w_i ℓ_i: weights known before the backward need no per-sample gradient, just this one.
 
-        Checked with the losses, ``name`` being the set it comes from; None where the step's own Gram will tell.
+        Noted with the losses, ``name`` being the set it comes from; None where the step's own Gram will tell.
         """
         found = torch.autograd.grad(weighted, self.params, allow_unused=True)
         # finite losses can have gradients that are not, and a step with those cannot be taken back
         found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found)]
         if name is not None:
-            self.must_be_finite(found, name, "gradient")
+            self.note_finite(found, name, "gradient")
         return found
 
     @torch.no_grad()

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops, weights
-from ..optim import lookahead
+from .ahead import AheadProcess
 from .process import square
-from .sgd import SgdOptions, SgdProcess, positive
+from .sgd import SgdOptions, positive
 
 
 @dataclass
@@ -50,14 +50,14 @@ class Rosu(SgdOptions):
         return _Rosu(self, model, data, loss, seed)
 
 
-class _Rosu(SgdProcess):
+class _Rosu(AheadProcess):
     def direction(self, k, row):
         c = self.config
         forget = self.batch_losses(self.data.forget, k, c.batch, row)
         g_forget = self.gradient((weights.clipped(forget, c.clip) * forget).sum(), "forget")
         g_retain = self.gradient(self.retain_losses(k, c.retain_batch, row).mean(), "retain")
         delta = self.perturbation(g_forget, g_retain)
-        with lookahead(self.params, delta, -1.0):
+        with self.ahead(delta, -1.0):
             there = self.gradient(self.retain_losses(k, c.retain_batch, {}).mean(), "retain, seen from θ + δ,")
         return torch._foreach_add(there, delta, alpha=-c.amplify / c.rho)
 

@@ -44,6 +44,7 @@ class _SalUn(_RandomLabels):
         forget, total = self.data.forget, [torch.zeros_like(p) for p in self.params]
         for _, x, y in forget.chunks():
             torch._foreach_add_(total, self.gradient(self.losses(x, y, "forget").sum() / len(forget), "forget"))
+        self.settle()
         self.mask = saliency(total, self.config.keep)
 
     def direction(self, k, row):

@@ -42,6 +42,7 @@ class SgdProcess(Process):
         self.sgd = torch.optim.SGD(self.params, lr=config.lr, momentum=config.momentum, foreach=True)
         self.recent = torch.ones(2, device=self.params[0].device)  # forget accuracy of the last minibatches
         self._right: list[Tensor] = []  # that of this step's
+        self._few = False  # are so few right that the run shall end
 
     @property
     def stages(self):
@@ -56,22 +57,26 @@ class SgdProcess(Process):
         raise NotImplementedError
 
     def direction(self, k: int, row: dict) -> list[Tensor]:
-        """What step k descends along, tensors like the parameters; the objective's gradient unless a method has its own."""
+        """What step k descends along, tensors like the parameters; the objective's gradient unless a method has its own.
+
+        It changes nothing: what it noted is read before the step is taken."""
         return self.gradient(self.objective(k, row))
 
     def take_step(self, stage, k):
         row: dict = {}
         self._right.clear()
-        for p, g in zip(self.params, self.direction(k, row)):
+        try:
+            found = self.direction(k, row)
+        finally:
+            self.settle()  # what is not finite may also be why something raised
+        for p, g in zip(self.params, found):
             p.grad = g
         if self.config.max_norm:
             torch.nn.utils.clip_grad_norm_(self.params, self.config.max_norm, foreach=True)
         self.sgd.step()
         self.sgd.zero_grad(set_to_none=True)
-        self.recent = torch.stack([*self.recent, *self._right])[-2:]
+        self.recent, self.stopped = self._latest(), self._few
         samples, size = self.paced_by()
-        limit = self.config.stop_at
-        self.stopped = limit is not None and bool(self.recent.mean() <= limit)
         return {"epoch": (k + 1) * size / len(samples), **row}
 
     def batch_losses(self, samples, k, size, row) -> Tensor:
@@ -87,6 +92,14 @@ class SgdProcess(Process):
         """The accuracy of a forget minibatch, where the output is class logits; it counts once the step is taken."""
         if output.dim() == 2:
             self._right.append((output.argmax(1) == y).float().mean())
+            if (limit := self.config.stop_at) is not None:
+                self.ask(self._latest().mean() <= limit, self._end)
+
+    def _latest(self) -> Tensor:
+        return torch.stack([*self.recent, *self._right])[-2:]
+
+    def _end(self, few: bool) -> None:
+        self._few = few
 
     def retain_losses(self, k, size, row) -> Tensor:
         """A batch of adjacent and remote samples in proportion to the sets' sizes."""

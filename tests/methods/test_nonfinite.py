@@ -15,7 +15,7 @@ OPTIONS = {
     "entangled": [
         SIZES | more for more in ({}, {"w2_set": "whole"}, {"w2": "features"}, {"away_from": "samples"}, {"away_from": "forget_samples"})
     ],
-    "lookahead": [dict(order=1), dict(order=2), dict(order=2, swap=True), dict(forget_loss="random_label")],
+    "lookahead": [dict(order=1), dict(order=2), dict(order=2, swap=True), dict(forget_loss="random_label"), dict(trim=0.1)],
 }
 CASES = [(name, options) for name in methods.METHODS if name != "retrain" for options in OPTIONS.get(name, [{}])]
 

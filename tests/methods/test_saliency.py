@@ -5,6 +5,7 @@ from small import flat
 from stepping import begin, follow, gradient, resumes_to_the_bit, retain_batch, trained
 
 from entangle_fast.methods import METHODS
+from entangle_fast.methods.process import NonFinite
 from entangle_fast.methods.saliency import SalUn, saliency
 
 SIZES = dict(batch=8, retain_batch=17)
@@ -38,6 +39,14 @@ def test_half_of_the_parameters_are_salient_by_default_over_all_tensors():
     assert torch.cat(saliency([torch.tensor([1.0, 2.0, -3.0])], 0.5)).tolist() == [False, True, True]
     assert torch.cat(saliency([torch.tensor([1.0, -1.0, 1.0, 0.0])], 0.5)).tolist() == [True, True, True, False]
     assert torch.cat(saliency([torch.tensor([0.0, 0.0, 0.0, 5.0])], 0.5)).tolist() == [False, False, False, True]
+
+
+def test_no_mask_is_made_of_what_is_not_finite():
+    process = begin(SalUn(**SIZES))
+    process.loss = lambda output, y: F.cross_entropy(output, y, reduction="none") * torch.nan
+    with pytest.raises(NonFinite, match="non-finite loss on the forget set"):
+        process.enter("salun")
+    assert not process.mask
 
 
 def test_resume(tmp_path):
