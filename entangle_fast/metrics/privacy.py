@@ -111,7 +111,7 @@ def membership(
             known, known_y = logits(model, population, batch_size, "population")
             scores[attack] = population_scores(_losses(out, y), y, _losses(known, known_y), known_y)
         else:
-            scores[attack] = ulira_scores(logit_confidence(out, y), *shadows)
+            scores[attack] = ulira_scores(logit_confidence(out, y), *(t.cpu() for t in shadows))
     pairs = {attack: (s[:n], s[n:]) for attack, s in scores.items()}
     aucs = {attack: auc(*pair) for attack, pair in pairs.items()}
     rocs = {attack: roc(*pair) for attack, pair in pairs.items()}

@@ -47,10 +47,10 @@ def by_label(fine: Tensor, forget, superclass_of: Tensor) -> Tensor:
     check.samples("superclass_of", superclass_of)
     check_labels("fine", fine, superclass_of)
     check.require(superclass_of.dim() == 1, f"superclass_of: got shape {tuple(superclass_of.shape)}; needs (classes,)")
-    forgotten = torch.zeros(len(superclass_of), dtype=torch.bool)
-    forgotten[torch.as_tensor(forget, dtype=torch.int64)] = True
+    forgotten = torch.zeros_like(superclass_of, dtype=torch.bool)
+    forgotten[torch.as_tensor(forget, dtype=torch.int64, device=forgotten.device)] = True
     near = torch.isin(superclass_of, superclass_of[forgotten]) & ~forgotten
-    return near[fine]
+    return near.to(fine.device)[fine]
 
 
 @check.kinds

@@ -108,7 +108,7 @@ class ImageClasses:
                 near = by_label(fine, self.forget, self.superclass_of)
             else:
                 near = self._near_by_knn(name, x, fine, model, k, top, layer)
-            gone = torch.isin(fine, torch.tensor(self.forget))
+            gone = self._forgotten(fine)
             index = Triple(*(mask.nonzero()[:, 0] for mask in (gone, near, ~gone & ~near)))
             self._refuse_empty(name, index)
             parts[name] = Triple(*(self._samples(x[i], fine[i]) for i in index))
@@ -116,17 +116,21 @@ class ImageClasses:
         return Sets(**parts, label_names=self.label_names, class_names=self.class_names)
 
     def _samples(self, x, fine):
-        x = x.float().div_(255).sub_(self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
-        return x, self.superclass_of[fine] if self.labels == "super" else fine.clone()
+        mean, std = (t.to(x.device).view(-1, 1, 1) for t in (self.mean, self.std))
+        y = self.superclass_of.to(fine.device)[fine] if self.labels == "super" else fine.clone()
+        return x.float().div_(255).sub_(mean).div_(std), y
+
+    def _forgotten(self, fine):
+        return torch.isin(fine, torch.tensor(self.forget, device=fine.device))
 
     def _near_by_knn(self, name, x, fine, model, k, top, layer):
         """(n,) bool: the samples that are adjacent by neighbours."""
-        gone = torch.isin(fine, torch.tensor(self.forget))
+        gone = self._forgotten(fine).cpu()  # where the features are
         self._refuse_empty(name, Triple(gone.nonzero(), None, (~gone).nonzero()))
         features = embed(model, self._samples(x, fine)[0], layer)
         near = torch.zeros(len(fine), dtype=torch.bool)
         near[(~gone).nonzero()[:, 0][by_knn(features[gone], features[~gone], k, top).indices]] = True
-        return near
+        return near.to(fine.device)
 
     def _refuse_empty(self, name, index):
         forgotten = ", ".join(self.class_names[i] for i in self.forget)
@@ -163,7 +167,7 @@ class ImageClasses:
 
 def _moments(x):
     """Mean and standard deviation per channel of x (N, C, H, W) uint8, in units of [0, 1]: exact, from a histogram."""
-    grey = torch.arange(256, dtype=torch.float64) / 255
+    grey = torch.arange(256, dtype=torch.float64, device=x.device) / 255
     counts = torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in x.unbind(1)]).double()
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ grey

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from pretend import DEVICE, pretended
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 
@@ -213,6 +214,10 @@ def test_all_attacks_and_summary():
     assert set(summary["auc"]) == set(found.roc) == set(summary["tpr_at"]) and len(summary["auc"]) == 6
     assert summary["tpr_at"]["loss"] == {"0.001": found.tpr_at["loss"][0.001], "0.01": found.tpr_at["loss"][0.01]}
     assert summary["collapsed"] is True and summary["members"] == n
+    with pretended():
+        there = tuple(t.to(DEVICE) for t in shadows)
+        again = membership(AsIs(), drawn(n, 1.0), drawn(n, seed=1), shadows=there, attacks="ulira")
+    assert again.auc["ulira"] == found.auc["ulira"]
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pretend import DEVICE, pretended
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
@@ -188,3 +189,11 @@ def test_split_by_knn_refuses(model):
         split_by_knn(model, forget, tuple(t[:0] for t in retain))
     with pytest.raises(ValueError, match="forget: got list; needs"):
         split_by_knn(model, [1, 2, 3], retain)
+
+
+@pytest.mark.parametrize("labels, table", [(DEVICE, DEVICE), (DEVICE, "cpu"), ("cpu", DEVICE)])
+def test_labels_and_their_hierarchy_may_be_on_any_device(labels, table):
+    fine, superclass_of = torch.tensor([0, 1, 2, 1]), torch.tensor([0, 0, 1])
+    with pretended():
+        near = by_label(fine.to(labels), [0], superclass_of.to(table))
+        assert near.device == torch.device(labels) and near.tolist() == [False, True, False, True]

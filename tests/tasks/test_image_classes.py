@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from pretend import DEVICE, moved, pretended
 
 from entangle_fast.tasks import Triple
 
@@ -121,3 +122,20 @@ def test_sets_refuse_overlap_emptiness_and_bad_labels(make_task):
         dataclasses.replace(sets, label_names=("animal", "vehicle"))
     with pytest.raises(ValueError, match="train.forget: got 4 samples, 4 labels, 1 fine"):
         dataclasses.replace(sets, train_fine=Triple(*(f[:1] for f in sets.train_fine)))
+
+
+@pytest.mark.parametrize("labels", ["super", "fine"])
+@pytest.mark.parametrize("adjacency", ["label", "knn"])
+def test_images_may_be_on_any_device(make_task, labels, adjacency):
+    task = make_task(labels=labels)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32, 6))
+    wanted = task.split(adjacency, model=model)
+    with pretended():
+        there = make_task(labels=labels, **{name: getattr(task, name).to(DEVICE) for name in ("train_x", "train_y", "test_x", "test_y")})
+        found = there.split(adjacency, model=moved(model))
+        for split in ("train", "test"):
+            for (x, y), (a, b), rows, same in zip(*(getattr(s, split) for s in (found, wanted)),
+                                                  *(getattr(s, f"{split}_index") for s in (found, wanted))):  # fmt: skip
+                assert x.device == y.device == DEVICE and torch.equal(rows.cpu(), same)
+                torch.testing.assert_close(x.cpu(), a)
+                assert torch.equal(y.cpu(), b)
