@@ -40,6 +40,9 @@ def capture(
 
     Raises: CaptureError (no trainable parameter, BatchNorm in train mode, an unknown function, …).
 
+    On a GPU the host waits for nothing but two looks at indices, and for what strict=False maps: are rows of a trainable table that are
+    the same for every sample (positions) all different, and are samples that are picked by a tensor in their order?
+
     >>> import torch, entangle_fast as ef
     >>> model = torch.nn.Linear(3, 2)
     >>> with ef.capture(model) as tape:

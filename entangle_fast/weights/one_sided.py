@@ -45,7 +45,7 @@ def upgrad(gram: Tensor, *, preference: Tensor | None = None, ridge: float = 1e-
     Args:
         gram: (m, m).  preference: (m,) weights of the objectives; default 1/m.
         ridge: relative to the largest diagonal entry, makes the programme strictly convex; finite, >= 0.
-        sweeps: upper limit of coordinate-descent sweeps; stops at relative changes below 1e-12.
+        sweeps: upper limit of coordinate-descent sweeps; stops at relative changes below 1e-12, for which the host reads each.
 
     Returns: weights (m,) float64; the combined direction conflicts with no objective. NaN where the Gram is not finite.
 

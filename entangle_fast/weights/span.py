@@ -36,6 +36,9 @@ def solve(gram: Tensor, rhs: Tensor, *, ridge: float = 0.0, rcond: float | None 
     A gradient not longer than 1e-30 is left out, with c = 0: a zero Gram gives zeros. NaN or inf in the Gram, or in a column
     of rhs, gives NaN for every c (of that column), and nothing else does.
 
+    On a GPU the host waits where there are more than two gradients: torch.linalg.eigh looks whether it converged.
+    ops.step_project solves for up to 32 directions without.
+
     Raises: ValueError for shapes, dtypes that are not real, a ridge or rcond out of range.
     """
     k = _square(gram, "gram")
