@@ -20,8 +20,10 @@
 #        WRONG in the table: no time is given; a kernel that hangs or faults costs its job alone; no counters: the profile says why
 #   3  SECONDS_IN_ALL=400 bash bench/gpu.sh sanitize                      3-6 min. A tool that runs out of time says what it had run
 #   4  what is left: the mended tests alone, python3 -m pytest tests/gpu -k NAME, then the matrix again
+# A Triton kernel that is wrong: run its call on the CPU by tests/ptx (gpu.running("sm_90")): wrong there too, or only on the device?
 # First suspects where a number falls short, by what was counted from SASS, in this order: the ncu metric that would show it; the mend
 #   gram tiles, triton   2 launches a chunk from Python, 25 at n 64 t 197 768×3072: gaps between kernels (nsys)  CUDA graph, or cuda
+#                        widths no multiple of 16: loads of 2 bytes, 8 requests for a line (tests/ptx counts them): zeros behind the rows
 #   gram tiles, cuda     a hang: an mbarrier's phase, or a cluster that never runs whole; wrong sums in some blocks: a multicast's mask.
 #                        many <= 1 and no rows of 256 in gram_sm90_launch.cuh's Plan take the clusters out: is it they?
 #                        form_wgmma by count: 51 % of the bf16 rate at n 128 t 197 d 768, 70 to 76 at t 1024: lts__throughput
