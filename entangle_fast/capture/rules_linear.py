@@ -74,8 +74,8 @@ def _transposed(recorder, w: Tensor) -> Tensor:
 
 
 def _matmul(recorder, func, args, kwargs):
-    def bind(input, other, *, out=None):
-        return input, other
+    def bind(input, other=None, *, mat2=None, vec=None, out=None):  # matmul's name of the second, mm's and mv's
+        return input, next(x for x in (other, mat2, vec) if x is not None)
 
     if kwargs.get("out") is not None:
         return NotImplemented

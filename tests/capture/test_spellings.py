@@ -29,6 +29,9 @@ EXACT = {
     "weight first, a vector": (dict(w=weight(6), v=weight(5)), lambda s, x: torch.cat(
         [s.w @ x.mT, s.v @ x, (s.w @ x[:, 0].T)[:, None], torch.matmul(s.w, x.permute(1, 2, 0)).T], 1)),
     "first, mm": (dict(w=weight(3, 6), b=weight(3, 1)), lambda s, x: torch.mm(s.w, x[:, 0].T).T + torch.addmm(s.b, s.w, x[:, 1].T).T),
+    "by the second's name": (dict(w=weight(6, 6), v=weight(6)), lambda s, x: torch.cat(
+        [torch.mm(mat2=s.w, input=x[:, 0]), x[:, 1].mm(mat2=s.w), torch.matmul(x, other=s.w)[:, 2], x[:, 3].mv(vec=s.v)[:, None],
+         torch.mv(input=x[:, 4], vec=s.v)[:, None], torch.mm(input=s.w, mat2=x[:, 0].T).T], 1)),
     "weight first, samples last": (dict(w=weight(3, 6)), lambda s, x: (s.w @ x.permute(1, 2, 0)).permute(2, 0, 1)),
     "addmm": (dict(w=weight(6, 3), b=weight(3)), lambda s, x: torch.addmm(s.b, x[:, 0], s.w, beta=2, alpha=3)),
     "addmv": (dict(w=weight(6), b=weight(1)), lambda s, x: torch.addmv(s.b, x[:, 0], s.w, alpha=2)[:, None]),
