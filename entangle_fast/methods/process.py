@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -112,12 +113,10 @@ class Process(ABC):
 
     def step(self) -> dict:
         stage, k = self.where()
-        self._unread.clear()  # of a step that was broken off
-        with in_mode(self.model, False):  # BatchNorm statistics stay frozen, as in the paper
+        with self._asking(), in_mode(self.model, False):  # BatchNorm statistics stay frozen, as in the paper
             if k == 0:
                 self.enter(stage)
             row = self.take_step(stage, k)
-        self.settle()
         self.done += 1
         return {"stage": stage, "step": self.done, **row}
 
@@ -144,13 +143,23 @@ class Process(ABC):
         self.note_finite(values, name, what)
         self.settle()
 
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """What is asked inside is read at the end, and by nobody later where something raised."""
+        try:
+            yield
+            self.settle()
+        finally:
+            self._unread.clear()
+
     def settle(self) -> None:
         """Wait for the device and give the answers, in the order of the questions: NonFinite for the first thing that was not finite.
         Every step calls it before it changes anything."""
         unread, self._unread = self._unread, []
         if unread:
             flags, answers = zip(*unread)
-            for flag, answer in zip(torch.stack(flags).tolist(), answers):
+            device = self.params[0].device  # a loss may be computed elsewhere
+            for flag, answer in zip(torch.stack([flag.to(device) for flag in flags]).tolist(), answers):
                 answer(flag)
 
     def _refuse_unless(self, what: str, finite: bool) -> None:
@@ -176,8 +185,7 @@ class Process(ABC):
     @torch.no_grad()
     def all_losses(self, samples: SampleSet) -> Tensor:
         """Losses of a whole set in its own order, (n,)."""
-        with in_mode(self.model, False):
+        with self._asking(), in_mode(self.model, False):
             parts = [self.losses(x, y, samples.name) for _, x, y in samples.chunks()]
-        self.settle()
         return torch.cat(parts)
 

@@ -67,8 +67,10 @@ class SgdProcess(Process):
         self._right.clear()
         try:
             found = self.direction(k, row)
-        finally:
-            self.settle()  # what is not finite may also be why something raised
+        except Exception:  # an interrupt passes: who takes the step anew would swallow it
+            self.settle()  # what is not finite may also be why it raised
+            raise
+        self.settle()
         for p, g in zip(self.params, found):
             p.grad = g
         if self.config.max_norm:

@@ -36,6 +36,35 @@ def kept(process):
     return {k: v.clone() for k, v in both.items()}
 
 
+class Broken(Spoilt):
+    """Whose first call gives NaN and whose second raises."""
+
+    def __call__(self, output, y):
+        if self.now == "next":
+            raise OSError("of the caller's own")
+        losses, self.now = super().__call__(output, y), self.now and "next"
+        return losses
+
+
+@pytest.mark.parametrize("name, options", [("entangled", SIZES), ("finetune", dict(batch=8)), ("salun", dict(batch=8))])
+def test_what_a_broken_step_asked_is_not_answered_later(name, options):
+    loss = Broken()
+    process = methods.METHODS[name](**options).start(trained(), data(), loss, 0)
+    while process.where() != (process.stages[-1][0], 1):
+        process.step()
+    loss.now = True
+    with pytest.raises((OSError, NonFinite)):
+        process.step()
+    loss.now = False
+    assert process.all_losses(process.data.remote).isfinite().all()
+    loss.now = True
+    with pytest.raises(OSError):
+        process.all_losses(type(process.data.remote)("remote", (torch.zeros(2000, 6), torch.zeros(2000, dtype=torch.int64)), "cpu"))
+    loss.now = False
+    assert process.all_losses(process.data.remote).isfinite().all()
+    process.step()
+
+
 @pytest.mark.parametrize("at", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("name, options", CASES, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in CASES])
 def test_a_loss_that_is_not_finite_changes_nothing(name, options, at):

@@ -114,6 +114,49 @@ def test_a_gradient_that_is_not_finite_is_why_the_look_ahead_failed(config):
     assert process.done == 0 and torch.equal(flat(model), before)
 
 
+class Stopped:
+    """Cross-entropy, from which a call is interrupted."""
+
+    calls, at = 0, 0
+
+    def __call__(self, output, y):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, y, reduction="none")
+
+
+@pytest.mark.parametrize("config", AHEAD, ids=str)
+@pytest.mark.parametrize("at", range(1, 7))
+def test_an_interrupt_is_not_taken_for_slots_that_did_not_suffice(config, at):
+    loss = Stopped()
+    runs = [config.start(sparse(), data(), loss, 0) for _ in range(2)]
+    runs[0].slots, loss.at, before = 1, at, flat(runs[0].model)
+    with pytest.raises(KeyboardInterrupt):
+        runs[0].step()
+    assert runs[0].done == 0 and torch.equal(flat(runs[0].model), before)
+    for run in runs:
+        run.step()
+    assert torch.equal(flat(runs[0].model), flat(runs[1].model))
+
+
+ELSEWHERE = [methods.FineTune(batch=8), methods.GradientAscent(batch=8), methods.Rosu(batch=8), methods.Influence(), methods.Ssd()]
+
+
+@pytest.mark.parametrize("config", ELSEWHERE, ids=lambda config: config.name)
+def test_a_loss_that_is_computed_elsewhere_is_looked_at_too(config, model):
+    def loss(output, y):
+        return F.cross_entropy(output.cpu(), y.cpu(), reduction="none")
+
+    here, other = (copy.deepcopy(model) for _ in range(2))
+    here = config.start(here, data(), loss, 0)
+    with pretended():
+        there = config.start(moved(other), Data.of(**sets(), device=DEVICE, seed=0), loss, 0)
+        for _ in range(2):
+            there.step(), here.step()
+        assert torch.equal(flat(there.model).cpu(), flat(here.model))
+
+
 def test_samples_that_are_on_the_device_are_picked_without_a_wait():
     x, y = sets()["remote"]
     with pretended() as device:
