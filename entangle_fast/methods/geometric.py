@@ -77,18 +77,19 @@ class _Geometric(JointBatch):
         mean, forget, *span = tape.combine(rows)
         raw = torch._foreach_add(mean, forget)
         self.must_be_finite([*raw, *(g for u in span for g in u)], "retain or the forget", "gradient")
-        torch._foreach_lerp_(self.second, torch._foreach_mul(raw, raw), 1 - c.beta2)
-        metric = self.metric(k + 1)
+        second = torch._foreach_lerp(self.second, torch._foreach_mul(raw, raw), 1 - c.beta2)
+        metric = self.metric(second, k + 1)
         root = torch._foreach_sqrt(metric)
         *directions, g = (torch._foreach_mul(u, root) for u in (*span, forget))
         _, coef = ops.step_project(directions, None, g, rcond=len(span) * torch.finfo(torch.float64).eps)
         for c_u, u in zip(coef.to(w.dtype), span):
             torch._foreach_sub_(raw, torch._foreach_mul(u, c_u))
+        self.second = second  # last: what is broken off before, as for want of memory, is no step
         return torch._foreach_mul(raw, metric)
 
-    def metric(self, steps: int) -> list[torch.Tensor]:
-        """H after a number of steps: tensors like the parameters."""
-        root = torch._foreach_sqrt(torch._foreach_div(self.second, 1 - self.config.beta2**steps))
+    def metric(self, second: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
+        """H of the v after a number of steps: tensors like the parameters."""
+        root = torch._foreach_sqrt(torch._foreach_div(second, 1 - self.config.beta2**steps))
         return torch._foreach_reciprocal(torch._foreach_add(root, self.config.eps))
 
     def state(self):

@@ -45,10 +45,24 @@ def test_the_update_changes_no_protected_loss_to_first_order():
     g = each_gradient(process.model, *retain_batch(process.data, 1, 12))
     u = torch.stack([part.mean(0) for part in g.tensor_split(3)])
     assert (u @ found).abs().max() < 1e-9 * u.norm() * found.norm()
-    plain = torch.cat([h.flatten() for h in process.metric(2)]) * clipped_gradient(
+    plain = torch.cat([h.flatten() for h in process.metric(process.second, 2)]) * clipped_gradient(
         process.model, *forget_batch(process.data, 1, 8), 3.0)  # fmt: skip
     assert (u @ plain).abs().max() > 1e-3 * u.norm() * plain.norm()  # there was something to remove
     assert found @ plain < 0
+
+
+def test_a_step_for_which_memory_does_not_suffice_is_none(monkeypatch):
+    runs = [begin(Geometric(**SIZES)) for _ in range(2)]
+    for run in runs:
+        run.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("entangle_fast.ops.step_project", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
+        with pytest.raises(torch.OutOfMemoryError):
+            runs[0].step()
+    for run in runs:
+        run.step()
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].state().values(), runs[1].state().values()))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].params, runs[1].params))
 
 
 def test_resume(tmp_path):
