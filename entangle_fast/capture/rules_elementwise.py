@@ -167,15 +167,21 @@ def _joined(recorder, what: str, rows: Tensor, want: Tensor) -> Tensor:
     each, whole = tuple(rows.shape[1:]), tuple(want.shape)
     axis = next((d for d, size in enumerate(each) if size == 1 and (*each[:d], recorder.n, *each[d + 1 :]) == whole), None)
     y = rows if axis is None else rows.squeeze(axis + 1).movedim(0, axis)
-    near = y.shape == want.shape and (
-        not y.is_floating_point() or (y - want).norm() <= torch.finfo(y.dtype).eps ** 0.5 * want.norm())  # fmt: skip
-    if axis is None or not near:
+    if axis is None or y.shape != want.shape or not _near(y, want):
         raise CaptureError(
             f"{what}: it gives other values for the batch than for each sample alone, so that samples share gradients; freeze its "
             "parameters with requires_grad_(False)"
         )
     recorder.places.put(y, Place(axis))
     return y
+
+
+def _near(y: Tensor, want: Tensor) -> bool:
+    """But for rounding; what is infinite or NaN is so in both."""
+    if not y.is_floating_point():
+        return True
+    off = torch.where((y == want) | y.isnan() & want.isnan(), 0, y - want)
+    return bool(off.norm() <= torch.finfo(y.dtype).eps ** 0.5 * torch.where(want.isfinite(), want, 0).norm())
 
 
 def _borrowed(recorder, func, args, kwargs):

@@ -44,6 +44,15 @@ def test_bags_of_other_kinds(how):
     agree(simple(Via(lambda s, x: s.m(ids(x)), m=bag(**how)), 5, 6, options={"strict": False}))
 
 
+def test_infinite_values_and_nan_are_no_mixture():
+    """As of masks: what is neither is compared as ever."""
+    def forward(s, x):
+        y = torch.where(x > 1, -torch.inf, torch.where(x < -1, torch.nan, x)).masked_fill(x.abs() < 0.5, s.w)
+        return torch.where(y.isfinite(), y, 0)
+
+    agree(simple(Via(forward, w=nn.Parameter(torch.tensor(1.5))), 5, 6, options={"strict": False}))
+
+
 SAME = lambda s, x: x[:, 0, :2] @ s.m(torch.arange(4).view(2, 2))  # noqa: E731  the same bags for every sample
 REFUSED = {
     "scale_grad_by_freq": (bag("mean", scale_grad_by_freq=True), lambda s, x: s.m(ids(x)), "max_norm and scale_grad_by_freq make an"),
