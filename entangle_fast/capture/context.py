@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -67,6 +68,7 @@ def capture(
         )
     if seen & _CAPTURED:
         raise CaptureError("model: its parameters are being captured already; leave that `with` before another begins")
+    batch_size, batch_dim = _whole("batch_size", batch_size), _whole("batch_dim", batch_dim)
     if batch_dim is None and is_module and _positions_first(model):
         batch_dim = 1
     recorder = Recorder(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict)
@@ -84,6 +86,17 @@ def capture(
 
 
 _CAPTURED: set[int] = set()  # ids of parameters inside a `with`: two tapes on one parameter would each miss the other's
+
+
+def _whole(name: str, x) -> int | None:
+    """Numpy's and 0-d tensors serve: they come of counting."""
+    try:
+        found = None if x is None else operator.index(x)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(x).__name__}; needs a whole number, or None to find it by the input") from None
+    if found is not None and found < 0:
+        raise ValueError(f"{name}: got {found}; needs a whole number >= 0, or None to find it by the input")
+    return found
 
 
 def _positions_first(model: nn.Module) -> bool:

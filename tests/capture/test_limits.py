@@ -1,5 +1,6 @@
 """What capture does not do: each limit is an error that says what to do instead."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -284,3 +285,18 @@ def test_readmes_layers_may_stand_there_frozen(name):
     finally:  # for the tests that share it
         for p in frozen:
             p.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "batch_dim"])
+def test_numbers_of_the_batch_are_whole(name):
+    model, x = lively(nn.Linear(6, 4)), torch.randn(4, 6).double()
+    for wrong, kind in (("4", "str"), (4.0, "float"), ([4], "list")):
+        with pytest.raises(TypeError, match=f"^{name}: got {kind}; needs a whole number"), ef.capture(model, **{name: wrong}):
+            pass
+    with pytest.raises(ValueError, match=f"^{name}: got -1; needs a whole number >= 0"), ef.capture(model, **{name: -1}):
+        pass
+    given = {"batch_size": 4, "batch_dim": 0}[name]
+    for good in (given, np.int64(given), torch.tensor(given)):
+        with ef.capture(model, **{name: good}) as tape:
+            tape.backward(squares(model(x)))
+        assert "4 samples" in repr(tape)
