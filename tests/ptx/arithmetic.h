@@ -23,6 +23,10 @@ template <class R, class... A, class F> Run map(F) {
   };
 }
 
+// What single precision makes of a NaN: positive, all mantissa bits, whatever came in. Double precision keeps what x86 keeps
+inline float canonical(float x) { return x == x ? x : get<float>(0x7FFFFFFF); }
+inline double canonical(double x) { return x; }
+
 inline float bf16(uint16_t x) { return get<float>(uint64_t(x) << 16); }
 inline uint16_t to_bf16(double exact) {  // one rounding, to nearest even
   if (std::isnan(exact)) return 0x7FFF;
@@ -37,7 +41,7 @@ inline uint16_t to_bf16(double exact) {  // one rounding, to nearest even
   return uint16_t(bits >> 16);
 }
 inline float f16(uint16_t x) { return float(get<_Float16>(x)); }
-inline uint16_t to_f16(double x) { return get<uint16_t>(put(_Float16(x))); }
+inline uint16_t to_f16(double x) { return x == x ? get<uint16_t>(put(_Float16(x))) : 0x7FFF; }
 
 inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
@@ -130,43 +134,47 @@ template <class T> T greatest(T a, T b) { return a != a ? b : b != b ? a : a > b
 
 template <class T> void floats(Table& t, const std::string& s) {
   for (const char* rounding : {"", "rn."}) {
-    t[std::string("add.") + rounding + s] = map<T, T, T>([](T a, T b) { return a + b; });
-    t[std::string("sub.") + rounding + s] = map<T, T, T>([](T a, T b) { return a - b; });
-    t[std::string("mul.") + rounding + s] = map<T, T, T>([](T a, T b) { return a * b; });
+    t[std::string("add.") + rounding + s] = map<T, T, T>([](T a, T b) { return canonical(a + b); });
+    t[std::string("sub.") + rounding + s] = map<T, T, T>([](T a, T b) { return canonical(a - b); });
+    t[std::string("mul.") + rounding + s] = map<T, T, T>([](T a, T b) { return canonical(a * b); });
   }
-  t["fma.rn." + s] = map<T, T, T, T>([](T a, T b, T c) { return std::fma(a, b, c); });
-  t["div.rn." + s] = map<T, T, T>([](T a, T b) { return a / b; });
-  t["sqrt.rn." + s] = map<T, T>([](T a) { return std::sqrt(a); });
-  t["rcp.rn." + s] = map<T, T>([](T a) { return 1 / a; });
+  t["fma.rn." + s] = map<T, T, T, T>([](T a, T b, T c) { return canonical(std::fma(a, b, c)); });
+  t["div.rn." + s] = map<T, T, T>([](T a, T b) { return canonical(a / b); });
+  t["sqrt.rn." + s] = map<T, T>([](T a) { return canonical(std::sqrt(a)); });
+  t["rcp.rn." + s] = map<T, T>([](T a) { return canonical(1 / a); });
   t["neg." + s] = map<T, T>([](T a) { return -a; });
   t["abs." + s] = map<T, T>([](T a) { return std::fabs(a); });
-  t["min." + s] = map<T, T, T>([](T a, T b) { return least(a, b); });
-  t["max." + s] = map<T, T, T>([](T a, T b) { return greatest(a, b); });
-  t["min.NaN." + s] = map<T, T, T>([](T a, T b) { return a != a || b != b ? T(NAN) : least(a, b); });
-  t["max.NaN." + s] = map<T, T, T>([](T a, T b) { return a != a || b != b ? T(NAN) : greatest(a, b); });
+  t["min." + s] = map<T, T, T>([](T a, T b) { return canonical(least(a, b)); });
+  t["max." + s] = map<T, T, T>([](T a, T b) { return canonical(greatest(a, b)); });
+  t["min.NaN." + s] = map<T, T, T>([](T a, T b) { return a != a || b != b ? canonical(T(NAN)) : least(a, b); });
+  t["max.NaN." + s] = map<T, T, T>([](T a, T b) { return a != a || b != b ? canonical(T(NAN)) : greatest(a, b); });
   t["selp." + s] = map<T, T, T, bool>([](T a, T b, bool p) { return p ? a : b; });
   t["copysign." + s] = map<T, T, T>([](T sign, T of) { return std::copysign(of, sign); });
   comparisons<T>(t, s);
 }
 
+// A signed result goes on into a destination that is wider
+template <class To> using Widened = std::conditional_t<std::is_integral_v<To> && std::is_signed_v<To>, int64_t, To>;
+
 template <class To, class From> void convert(Table& t, const std::string& to, const std::string& from) {
   for (const char* rounding : {"", "rn.", "rzi.", "rni."})
-    t[std::string("cvt.") + rounding + to + "." + from] = map<To, From>([](From a) { return To(a); });
+    t[std::string("cvt.") + rounding + to + "." + from] = map<Widened<To>, From>([](From a) { return To(a); });
 }
 template <class To, class... From> void from_all(Table& t, const std::string& to, std::initializer_list<const char*> names) {
   auto name = names.begin();
   (convert<To, From>(t, to, *name++), ...);
 }
-template <class T> T saturated(double x) {  // of a rounded value; NaN gives 0
-  constexpr double kLow = double(std::numeric_limits<T>::min()), kHigh = double(std::numeric_limits<T>::max());
-  return x != x ? T(0) : x <= kLow ? std::numeric_limits<T>::min() : x >= kHigh ? std::numeric_limits<T>::max() : T(x);
+template <class To, class From> To saturated(From x) {  // of a rounded value; NaN gives 0, or where 64 bits take part the highest bit
+  constexpr double kLow = double(std::numeric_limits<To>::min()), kHigh = double(std::numeric_limits<To>::max());
+  if (x != x) return sizeof(From) == 8 || sizeof(To) == 8 ? To(1ull << (sizeof(To) * 8 - 1)) : To(0);
+  return double(x) <= kLow ? std::numeric_limits<To>::min() : double(x) >= kHigh ? std::numeric_limits<To>::max() : To(x);
 }
 template <class To, class From> void to_integer(Table& t, const std::string& to, const std::string& from) {
   for (const std::string ftz : {"", "ftz."}) {
-    t["cvt.rzi." + ftz + to + "." + from] = map<To, From>([](From a) { return saturated<To>(std::trunc(double(a))); });
-    t["cvt.rni." + ftz + to + "." + from] = map<To, From>([](From a) { return saturated<To>(std::nearbyint(double(a))); });
-    t["cvt.rmi." + ftz + to + "." + from] = map<To, From>([](From a) { return saturated<To>(std::floor(double(a))); });
+    t["cvt.rzi." + ftz + to + "." + from] = map<Widened<To>, From>([](From a) { return saturated<To>(std::trunc(a)); });
+    t["cvt.rni." + ftz + to + "." + from] = map<Widened<To>, From>([](From a) { return saturated<To>(std::nearbyint(a)); });
   }
+  t["cvt.rmi." + to + "." + from] = map<Widened<To>, From>([](From a) { return saturated<To>(std::floor(a)); });
 }
 
 inline void conversions(Table& t) {
@@ -190,33 +198,38 @@ inline void conversions(Table& t) {
   t["cvt.rn.bf16x2.f32"] = map<uint32_t, float, float>([](float a, float b) { return uint32_t(to_bf16(a)) << 16 | to_bf16(b); });
   t["cvt.f32.f16"] = map<float, uint16_t>([](uint16_t a) { return f16(a); });
   t["cvt.f64.f16"] = map<double, uint16_t>([](uint16_t a) { return double(f16(a)); });
-  t["cvt.rn.f16.f32"] = map<uint16_t, float>([](float a) { return get<uint16_t>(put(_Float16(a))); });
+  t["cvt.rn.f16.f32"] = map<uint16_t, float>([](float a) { return to_f16(a); });
   t["cvt.rn.f16.f64"] = map<uint16_t, double>([](double a) { return to_f16(a); });
   t["cvt.rn.f16x2.f32"] = map<uint32_t, float, float>([](float a, float b) { return uint32_t(to_f16(a)) << 16 | to_f16(b); });
   t["cvt.rna.tf32.f32"] = map<uint32_t, uint32_t>([](uint32_t a) { return (a & 0x7F800000) == 0x7F800000 ? a : (a + 0x1000) & 0xFFFFE000; });
 }
 
+template <bool kFlush> float in(float x) { return kFlush ? flushed(x) : x; }
+template <bool kFlush> float out(float x) { return canonical(kFlush ? flushed(x) : x); }
+
+template <bool kFlush> void approximation(Table& t, const std::string& ftz) {
+  static constexpr auto in = ptx::in<kFlush>, out = ptx::out<kFlush>;
+  static constexpr double kUlp = 0x1p-23;
+  t["ex2.approx." + ftz + "f32"] = map<float, float>([](float a) { return out(off(std::exp2(double(in(a))), 2 * kUlp)); });
+  t["lg2.approx." + ftz + "f32"] = map<float, float>([](float a) {
+    const double exact = std::log2(double(in(a)));
+    return out(a > 0.5f && a < 2.0f && a != 1 ? float(exact + (put(exact) * 0x9E3779B97F4A7C15ull >> 63 ? 2 : -2) * kUlp)
+                                              : off(exact, 2 * kUlp));
+  });
+  t["rcp.approx." + ftz + "f32"] = map<float, float>([](float a) { return out(off(1 / double(in(a)), kUlp)); });
+  t["sqrt.approx." + ftz + "f32"] = map<float, float>([](float a) { return out(off(std::sqrt(double(in(a))), kUlp)); });
+  t["rsqrt.approx." + ftz + "f32"] = map<float, float>([](float a) { return out(off(1 / std::sqrt(double(in(a))), kUlp)); });
+  t["div.full." + ftz + "f32"] =
+      map<float, float, float>([](float a, float b) { return out(off(double(in(a)) / double(in(b)), 2 * kUlp)); });
+}
+
 inline void approximations(Table& t) {
-  constexpr double kUlp = 0x1p-23;
-  for (const std::string ftz : {"", "ftz."}) {  // the others flush subnormal values too
-    t["ex2.approx." + ftz + "f32"] = map<float, float>([](float a) { return flushed(off(std::exp2(double(flushed(a))), 2 * kUlp)); });
-    t["lg2.approx." + ftz + "f32"] = map<float, float>([](float a) {
-      const double exact = std::log2(double(flushed(a)));
-      return a > 0.5f && a < 2.0f && a != 1 ? float(exact + (put(exact) * 0x9E3779B97F4A7C15ull >> 63 ? 2 : -2) * kUlp) : off(exact, 2 * kUlp);
-    });
-    t["rcp.approx." + ftz + "f32"] = map<float, float>([](float a) { return off(1 / double(a), kUlp); });
-    t["sqrt.approx." + ftz + "f32"] = map<float, float>([](float a) { return off(std::sqrt(double(a)), kUlp); });
-    t["rsqrt.approx." + ftz + "f32"] = map<float, float>([](float a) { return off(1 / std::sqrt(double(a)), kUlp); });
-    t["div.full." + ftz + "f32"] = map<float, float, float>([](float a, float b) {
-      const double magnitude = std::fabs(double(b));
-      return magnitude > 0x1p126 && magnitude < INFINITY ? 0.0f : off(double(a) / double(b), 2 * kUlp);
-    });
-    t["fma.rn." + ftz + "f32"] = t["fma.rn.f32"];
-  }
+  approximation<false>(t, ""), approximation<true>(t, "ftz.");
   t["rcp.approx.ftz.f64"] = map<double, double>([](double a) { return get<double>(put(1 / a) & 0xFFFFFFFF00000000ull); });
-  t["fma.rn.ftz.f32"] = map<float, float, float, float>([](float a, float b, float c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); });
-  t["mul.rn.ftz.f32"] = t["mul.ftz.f32"] = map<float, float, float>([](float a, float b) { return flushed(flushed(a) * flushed(b)); });
-  t["add.rn.ftz.f32"] = t["add.ftz.f32"] = map<float, float, float>([](float a, float b) { return flushed(flushed(a) + flushed(b)); });
+  t["fma.rn.ftz.f32"] = map<float, float, float, float>(
+      [](float a, float b, float c) { return out<true>(std::fma(flushed(a), flushed(b), flushed(c))); });
+  t["mul.rn.ftz.f32"] = t["mul.ftz.f32"] = map<float, float, float>([](float a, float b) { return out<true>(flushed(a) * flushed(b)); });
+  t["add.rn.ftz.f32"] = t["add.ftz.f32"] = map<float, float, float>([](float a, float b) { return out<true>(flushed(a) + flushed(b)); });
   t["abs.ftz.f32"] = map<float, float>([](float a) { return std::fabs(flushed(a)); });
   t["neg.ftz.f32"] = map<float, float>([](float a) { return -flushed(a); });
 }
@@ -247,8 +260,8 @@ inline void words(Table& t) {
   t["bfe.u32"] = map<U, U, U, U>([](U a, U b, U c) { return extracted<U>(a, b, c); });
   t["bfe.s32"] = map<int32_t, int32_t, U, U>([](int32_t a, U b, U c) { return extracted<int32_t>(a, b, c); });
   t["bfi.b32"] = map<U, U, U, U, U>([](U a, U b, U from, U length) {
-    const uint64_t mask = ((1ull << (length & 0xFF)) - 1) << (from & 0xFF);
-    return U((b & ~mask) | ((uint64_t(a) << (from & 0xFF)) & mask));
+    const U mask = shifted_left(U(~shifted_left(~0u, length & 0xFF)), from & 0xFF);
+    return (b & ~mask) | (shifted_left(a, from & 0xFF) & mask);
   });
   t["lop3.b32"] = map<U, U, U, U, U>([](U a, U b, U c, U truth) {
     U out = 0;

@@ -123,6 +123,7 @@ template <class T> T get(uint64_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+template <> inline bool get<bool>(uint64_t bits) { return bits & 1; }
 template <class T> uint64_t put(T x) {
   uint64_t bits = 0;
   std::memcpy(&bits, &x, sizeof x);
