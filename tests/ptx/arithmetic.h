@@ -9,18 +9,21 @@
 
 namespace ptx {
 
-using Run = void (*)(Warp&, const Instruction&, Mask);
-using Table = std::unordered_map<std::string, Run>;
+struct Known {
+  Run run = nullptr;
+  size_t operands = 0;  // that are read
+};
+using Table = std::unordered_map<std::string, Known>;
 
 // The instruction that puts f of its operands into each lane
-template <class R, class... A, class F> Run map(F) {
-  return [](Warp& w, const Instruction& i, Mask m) {
+template <class R, class... A, class F> Known map(F) {
+  return {[](Warp& w, const Instruction& i, Mask m) {
     [&]<size_t... K>(std::index_sequence<K...>) {
       uint64_t* to = w.row(i.to[0]);
       const uint64_t* from[] = {w.row(i.from[K])...};
       lanes(m, [&](int l) { to[l] = put<R>(F{}(get<A>(from[K][l])...)); });
     }(std::index_sequence_for<A...>{});
-  };
+  }, sizeof...(A)};
 }
 
 // What single precision makes of a NaN: positive, all mantissa bits, whatever came in. Double precision keeps what x86 keeps
@@ -273,18 +276,18 @@ inline void words(Table& t) {
   t["neg.bf16x2"] = t["neg.f16x2"] = map<U, U>([](U a) { return a ^ 0x80008000u; });
   t["abs.bf16"] = t["abs.f16"] = map<uint16_t, uint16_t>([](uint16_t a) { return uint16_t(a & 0x7FFF); });
   t["neg.bf16"] = t["neg.f16"] = map<uint16_t, uint16_t>([](uint16_t a) { return uint16_t(a ^ 0x8000); });
-  t["mad.lo.cc.u32"] = [](Warp& w, const Instruction& i, Mask m) {
+  t["mad.lo.cc.u32"] = {[](Warp& w, const Instruction& i, Mask m) {
     lanes(m, [&](int l) {
       const uint64_t sum = uint64_t(U(w.row(i.from[0])[l] * w.row(i.from[1])[l])) + U(w.row(i.from[2])[l]);
       w.row(i.to[0])[l] = U(sum), w.carry[l] = sum >> 32;
     });
-  };
-  t["madc.hi.u32"] = [](Warp& w, const Instruction& i, Mask m) {
+  }, 3};
+  t["madc.hi.u32"] = {[](Warp& w, const Instruction& i, Mask m) {
     lanes(m, [&](int l) {
       const uint64_t product = uint64_t(U(w.row(i.from[0])[l])) * U(w.row(i.from[1])[l]);
       w.row(i.to[0])[l] = U((product >> 32) + U(w.row(i.from[2])[l]) + w.carry[l]);
     });
-  };
+  }, 3};
 }
 
 inline Table arithmetic() {

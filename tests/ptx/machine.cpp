@@ -3,7 +3,7 @@
 
 #include <numeric>
 
-#include "parse.h"
+#include "decode.h"
 
 namespace ptx {
 
@@ -40,7 +40,7 @@ void advance(Warp& w) {
           m = 0;
           lanes(here, [&](int l) { m |= Mask((guard[l] & 1) != uint64_t(i.unless)) << l; });
         }
-        ++w.block.launch.instructions;
+        if (++w.block.launch.instructions > w.block.launch.limit) fail("it goes on and on");
         ++pc;
         if (i.kind == Instruction::kPlain) {
           if (m) i.run(w, i, m);
@@ -57,14 +57,14 @@ void advance(Warp& w) {
           straight = here && !w.diverged;
         } else {
           w.all_here(here, "a barrier");
-          w.barrier = int(w.row(i.from[0])[0]), w.expected = i.from.size() > 1 ? uint32_t(w.row(i.from[1])[0]) : w.block.launch.threads;
+          w.barrier = int(w.row(i.from[0])[0]);
+          if (w.barrier < 0 || w.barrier > 15) fail("barrier " + std::to_string(w.barrier));
           lanes(here, [&](int l) { w.at[l] = pc; });
           return;
         }
       }
       lanes(here, [&](int l) { w.at[l] = pc; });
     }
-    if (!w.open.empty() || !w.groups.empty()) w.groups.clear();  // copies nobody waited for never landed
   } catch (const std::exception& e) {
     const int source = pc ? code[std::min<size_t>(pc - 1, code.size() - 1)].source : 0;
     fail(w.program.name + ", " + w.program.places[source] + ", block (" + std::to_string(w.block.id[0]) + ", " + std::to_string(w.block.id[1]) + ", " +
@@ -78,8 +78,7 @@ void fill(const Program& p, Warp& w) {
     const int axis = name.back() == 'y' ? 1 : name.back() == 'z' ? 2 : 0;
     for (int l = 0; l < 32; ++l)
       w.row(row)[l] = starts(name, "%tid") ? (axis ? 0 : w.id * 32 + l) : starts(name, "%ntid") ? (axis ? 1 : w.block.launch.threads)
-                      : starts(name, "%ctaid") ? w.block.id[axis] : starts(name, "%nctaid") ? w.block.launch.grid[axis]
-                      : starts(name, "%laneid") ? l : w.id;
+                      : starts(name, "%ctaid") ? w.block.id[axis] : starts(name, "%nctaid") ? w.block.launch.grid[axis] : l;
   }
 }
 
@@ -105,7 +104,7 @@ void run_block(const Program& p, Launch& launch, uint64_t index) {
     std::vector<Warp*> there;
     for (auto& other : warps)
       if (other.alive && other.barrier == w->barrier) there.push_back(&other);
-    if (there.size() * 32 < w->expected) continue;
+    if (there.size() < warps.size()) continue;
     for (Warp* other : there) other->barrier = -1, ready.push_back(other);
   }
   for (auto& w : warps)
@@ -142,6 +141,11 @@ int ptx_launch(void* program, const uint32_t* grid, uint32_t threads, uint32_t s
   try {
     Launch launch{{grid[0], grid[1], grid[2]}, threads, shared_bytes, {args, args + many}, {}, eager != 0, std::mt19937(seed)};
     for (int64_t r = 0; r < ranges; ++r) launch.allowed.push_back({allowed[2 * r], allowed[2 * r + 1]});
+    for (auto& [name, bytes] : static_cast<Program*>(program)->globals) {
+      const uint64_t first = reinterpret_cast<uint64_t>(bytes.data());
+      launch.allowed.push_back({first, first + bytes.size()});
+    }
+    std::sort(launch.allowed.begin(), launch.allowed.end());
     std::vector<uint64_t> order(uint64_t(grid[0]) * grid[1] * grid[2]);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), launch.random);

@@ -25,10 +25,12 @@ constexpr Mask kAll = ~0u;
 constexpr uint32_t kSharedBase = 1024;  // where global_smem begins: swizzled tiles need multiples of 1024
 
 struct Warp;
+struct Instruction;
+using Run = void (*)(Warp&, const Instruction&, Mask);
 
 struct Instruction {
   enum Kind { kPlain, kBranch, kExit, kBarrier } kind = kPlain;
-  void (*run)(Warp&, const Instruction&, Mask) = nullptr;
+  Run run = nullptr;
   std::vector<int> to, from;  // rows; of a memory access from[0] is the address
   int64_t offset = 0;         // added to the address; a branch's target
   int guard = -1;             // row of the predicate
@@ -57,6 +59,7 @@ struct Launch {
   std::vector<std::pair<uint64_t, uint64_t>> allowed;  // [from, to), sorted
   bool eager;
   std::mt19937 random;
+  uint64_t limit = 1ull << 36;  // of instructions: a kernel that goes round and round ends
   uint64_t instructions = 0, requests = 0, sectors = 0, bytes = 0, shared = 0, wavefronts = 0;  // of warps; see memory.h
 };
 
@@ -85,7 +88,6 @@ struct Warp {
   Mask alive = kAll;
   bool diverged = false;
   int barrier = -1;
-  uint32_t expected = 0;  // threads at that barrier
   std::vector<Copy> open{};
   std::deque<std::vector<Copy>> groups{};
   std::vector<std::function<void()>> products{};
@@ -105,7 +107,7 @@ struct Warp {
     if (address % aligned) fail("an address that is not a multiple of " + std::to_string(aligned) + ", its access's width");
     const auto& all = block.launch.allowed;
     auto next = std::upper_bound(all.begin(), all.end(), std::pair<uint64_t, uint64_t>{address, ~0ull});
-    if (next == all.begin() || address + bytes > std::prev(next)->second) {
+    if (next == all.begin() || address >= std::prev(next)->second || uint64_t(bytes) > std::prev(next)->second - address) {
       const auto before = next == all.begin() ? "" : std::to_string(address + bytes - std::prev(next)->second) + " bytes behind the tensor before it";
       fail("global memory outside of every tensor: " + before);
     }

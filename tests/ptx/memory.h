@@ -43,17 +43,20 @@ inline uint64_t value(const unsigned char* from, int size, bool sign) {
   return bits;
 }
 
-enum class Space { kGlobal, kShared, kLocal, kParam, kConstant };
+enum class Space { kGlobal, kShared, kLocal, kParam };
 
 template <Space S> unsigned char* place(Warp& w, uint64_t address, int bytes, int lane) {
   if constexpr (S == Space::kGlobal) return w.global(address, bytes, bytes);
   if constexpr (S == Space::kShared) return w.shared(address, bytes);
-  if constexpr (S == Space::kLocal) {
-    if (uint32_t(address) + bytes > uint32_t(w.program.local)) fail("local memory outside of its depot");
-    return w.local.data() + size_t(lane) * w.program.local + uint32_t(address);
+  uint64_t size = w.program.local, first = size * lane;
+  unsigned char* all = w.local.data();
+  if constexpr (S == Space::kParam) {
+    auto& args = w.block.launch.args;
+    size = args.size() * 8, first = 0, all = reinterpret_cast<unsigned char*>(args.data());
   }
-  if constexpr (S == Space::kParam) return reinterpret_cast<unsigned char*>(w.block.launch.args.data()) + address;
-  return reinterpret_cast<unsigned char*>(address);
+  if (address > size || uint64_t(bytes) > size - address || address % bytes)
+    fail((S == Space::kLocal ? "local memory at " : "parameters at ") + std::to_string(address) + " of " + std::to_string(size) + " bytes");
+  return all + first + address;
 }
 
 template <Space S> void count(Warp& w, Mask m, const uint64_t* address, int bytes) {
@@ -101,7 +104,7 @@ inline void atomic_add(Warp& w, const Instruction& i, Mask m) {
 inline void land(Warp& w, const std::vector<Copy>& all) {
   for (const Copy& c : all) {
     unsigned char* to = w.shared(c.to, c.size);
-    std::memcpy(to, c.from, c.valid);
+    if (c.valid) std::memcpy(to, c.from, c.valid);
     std::memset(to + c.valid, 0, c.size - c.valid);
   }
 }
@@ -110,7 +113,7 @@ inline void copy_async(Warp& w, const Instruction& i, Mask m) {
   uint64_t address[32];
   Mask read = 0;
   lanes(m, [&](int l) {
-    const int valid = i.from.size() > 2 ? int(w.row(i.from[2])[l]) : i.size;
+    const int valid = i.from.size() > 2 ? int(uint32_t(w.row(i.from[2])[l])) : i.size;
     if (valid < 0 || valid > i.size) fail("cp.async of " + std::to_string(valid) + " bytes");
     address[l] = w.row(i.from[1])[l] + i.shape[1];
     if (valid) w.global(address[l], valid, i.size), read |= 1u << l;
@@ -122,15 +125,22 @@ inline void copy_async(Warp& w, const Instruction& i, Mask m) {
   if (w.block.launch.eager) return land(w, all);
   w.open.insert(w.open.end(), all.begin(), all.end());
 }
-inline void copy_commit(Warp& w, const Instruction&, Mask) {
+inline void copy_commit(Warp& w, const Instruction&, Mask m) {
+  w.all_here(m, "cp.async.commit_group");
   w.groups.push_back(std::move(w.open));
   w.open.clear();
 }
-inline void copy_wait(Warp& w, const Instruction& i, Mask) {
+inline void copy_wait(Warp& w, const Instruction& i, Mask m) {
+  w.all_here(m, "cp.async.wait_group");
   for (; w.groups.size() > size_t(i.offset); w.groups.pop_front()) land(w, w.groups.front());
 }
 
 // ---- between lanes: shape[0] is what a lane looks at
+
+// The lanes that an instruction names must be those that are here
+inline void named(Warp& w, int row, Mask m, int lane, const char* what) {
+  if (Mask(w.row(row)[lane]) != m) fail(std::string(what) + " names other lanes than those that are here");
+}
 
 enum Look { kButterfly, kIndex, kUp, kDown };
 
@@ -138,6 +148,7 @@ inline void shuffle(Warp& w, const Instruction& i, Mask m) {
   uint64_t old[32];
   std::memcpy(old, w.row(i.from[0]), sizeof old);
   lanes(m, [&](int l) {
+    named(w, i.from[3], m, l, "shfl.sync");
     const uint32_t by = uint32_t(w.row(i.from[1])[l]) & 31, c = uint32_t(w.row(i.from[2])[l]), clamp = c & 31, segment = c >> 8 & 31;
     const int last = int((l & segment) | (clamp & ~segment)), first = int(l & segment);
     int from = i.shape[0] == kButterfly ? l ^ int(by) : i.shape[0] == kUp ? l - int(by) : i.shape[0] == kDown ? l + int(by)
@@ -154,11 +165,10 @@ enum Fold { kAdd, kMax, kMin, kAnd, kOr, kXor };
 
 // shape[0]: the fold; shape[1]: signed
 inline void reduce(Warp& w, const Instruction& i, Mask m) {
-  const Mask members = Mask(w.row(i.from[1])[__builtin_ctz(m)]);
-  if (members & ~m) fail("redux.sync names lanes that are not there");
+  lanes(m, [&](int l) { named(w, i.from[1], m, l, "redux.sync"); });
   int64_t sum = 0;
   bool first = true;
-  lanes(members, [&](int l) {
+  lanes(m, [&](int l) {
     const uint32_t bits = uint32_t(w.row(i.from[0])[l]);
     const int64_t x = i.shape[1] ? int64_t(int32_t(bits)) : int64_t(bits);
     if (first) sum = x, first = false;
@@ -171,6 +181,7 @@ inline void reduce(Warp& w, const Instruction& i, Mask m) {
 // shape[0]: ballot, any, all
 inline void vote(Warp& w, const Instruction& i, Mask m) {
   Mask yes = 0;
+  lanes(m, [&](int l) { named(w, i.from[1], m, l, "vote.sync"); });
   lanes(m, [&](int l) { yes |= Mask(w.row(i.from[0])[l] & 1) << l; });
   lanes(m, [&](int l) { w.row(i.to[0])[l] = i.shape[0] == 0 ? yes : i.shape[0] == 1 ? yes != 0 : yes == m; });
 }

@@ -17,6 +17,10 @@ HEAD = """
 	.param .u64 probe_param_1
 )
 {
+	.reg .pred %p<4>;
+	.reg .b16 %rs<10>;
+	.reg .b32 %r<20>;
+	.reg .b64 %rd<10>;
 	ld.param.b64 %rd1, [probe_param_0];
 	ld.param.b64 %rd2, [probe_param_1];
 	mov.u32 %r1, %tid.x;
@@ -142,12 +146,55 @@ $L_far:
     ("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $L_out;\nbar.sync 0;\n$L_out:\nret;", "for warps that do not come"),
     ("tanh.approx.f32 %r5, %r6;", "tanh.approx.f32 %r5, %r6: not known"),
     ("bra $L_nowhere;", "no label"),
+    ("mov.b64 %rd9, -1;\nld.global.b8 %rs1, [%rd9];", "outside of every tensor"),
+    (".local .align 4 .b8 depot[8];\nst.local.b32 [depot+8], %r1;", "local memory at 8 of 8 bytes"),
+    (".local .align 4 .b8 depot[8];\nst.local.b32 [depot+-4], %r1;", "local memory"),
+    ("ld.param.b64 %rd9, [probe_param_1+8];", "parameters at 16 of 16 bytes"),
+    ("shfl.sync.bfly.b32 %r5, %r1, 1, 31, 15;", "shfl.sync names other lanes"),
+    ("setp.lt.u32 %p1, %r1, 7;\n@%p1 bra $L_out;\ncp.async.commit_group;\n$L_out:\nret;", "cp.async.commit_group in a warp"),
+    ("mov.b32 %r5, -1;\nbar.sync %r5;", "barrier -1"),
 ])  # fmt: skip
 def test_faults_are_seen(body, message):
     x = torch.zeros(32, dtype=torch.int64)
     room = torch.zeros(64, dtype=torch.int64)  # the only tensors near it are its own
     with pytest.raises(RuntimeError, match=re.escape(message)):
         run(body, x, room[:32], threads=64 if "do not come" in message else 32)
+
+
+@pytest.mark.parametrize("body", [
+    "add.sat.s32 %r5, %r6, %r7;", "add.cc.u32 %r5, %r6, %r7;", "cvt.rn.relu.bf16x2.f32 %r5, %r6, %r7;", "cvt.rz.f32.f64 %r5, %rd9;",
+    "mul.rz.f32 %r5, %r6, %r7;", "setp.lt.and.s32 %p1, %r5, %r6, %p2;", "setp.lt.s32 %p1|%p2, %r5, %r6;",
+    "min.xorsign.abs.f32 %r5, %r6, %r7;",
+    "atom.global.add.f32 %r5, [%rd1], %r6;", "atom.global.gpu.acq_rel.cas.b32 %r5, [%rd1], %r6, %r7;", "red.global.add.u32 [%rd1], %r6;",
+    "ld.global.b128 %rd9, [%rd1];", "ld.global.L2::cache_hint.b32 %r5, [%rd1], %rd9;", "ld.global.unified.b32 %r5, [%rd1];",
+    "ld.b32 %r5, [%rd1];", "mov.b64 {%r5, %r6}, {%r7, %r8};", "mov.u32 %r5, %smid;", "mov.u32 %r5, %clock;", "mov.u32 %r5, %r99;",
+    "mov.b32 %r5, 1.5;", "mov.b32 %r5, 0b11;", "mov.b32 %r5, 0f3F80;", "add.s32 5, %r6, %r7;",
+    "add.s32 %r5, %r6;", "add.s32 %r5, %r6, !%p1;",
+    "ld.global.b32 %r5, [%rd1-4];", "shfl.sync.turn.b32 %r5, %r6, 1, 31, -1;", "shfl.sync.bfly.b32 %r5, %r6, 1, 31;",
+    "redux.sync.min.f32 %r5, %r6, -1;", "redux.sync.add.b32 %r5, %r6, -1;", "vote.sync.uni.pred %p1, %p2, -1;",
+    "bar.sync 0, 64;", "bar.red.popc.u32 %r5, 0, %p1;",
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5, %r6}, [global_smem];",
+    "ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%r5, %r6}, [%r7];",
+    "cp.async.ca.shared.global.L2::cache_hint [%r5], [%rd1], 16, %rd9;", "cp.async.ca.shared.global [%r5], [%rd1], 16, %p1;",
+    "cp.async.cg.shared.global [%r5], [%rd1], 8;", "cp.async.mbarrier.arrive.shared.b64 [%r5];", "cp.async.wait_all;",
+    "mma.sync.aligned.m16n8k16.row.row.f32.bf16.bf16.f32 {%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%r1, %r2, %r3, %r4};",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.f16.f32 {%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%r1, %r2, %r3, %r4};",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r5, %r6}, {%r1, %r2, %r3, %r4};",
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd8, %rd9, 1, -1, 1, 0, 0;",
+    "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd8, %rd9, 1, 1, 1, 0, 0;",
+    "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1, %r2, %r3, %r4}, %rd8, %rd9, 1, 1, 1, 0, 1;",
+    "@%p1 bar.sync 0;", ".shared .b8 more[16];",
+])  # fmt: skip
+def test_what_is_not_known_is_refused(body):
+    name = re.escape(body.removeprefix("@%p1 ").split(";")[0])
+    with pytest.raises(RuntimeError, match=name):
+        gpu.Program(f"{HEAD}{body}\nret;\n}}\n")
+
+
+@pytest.mark.parametrize("text", ["", "ret;", HEAD, HEAD + "ret;", HEAD.replace("probe_param_1\n", "probe_param_1[4]\n") + "ret;\n}"])
+def test_a_text_that_ends_early_is_refused(text):
+    with pytest.raises(RuntimeError):
+        gpu.Program(text)
 
 
 @pytest.mark.parametrize("eager, waits, want", [(True, False, 5), (False, True, 5), (False, False, -1)])
