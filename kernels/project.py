@@ -42,7 +42,9 @@ def _rows(
         u = tl.load(a + ao[:, None] + c[None, :], mask=rm[:, None] & cm[None, :], other=0.0)
         v = tl.load(basis + do[:, None] + c[None, :], mask=om[:, None] & cm[None, :], other=0.0)
         if u.dtype != v.dtype:
-            u, v = tiles.nearest_tf32(u.to(tl.float32)), tiles.nearest_tf32(v.to(tl.float32))
+            u, v = u.to(tl.float32), v.to(tl.float32)
+            if PREC == "tf32":
+                u, v = tiles.nearest_tf32(u), tiles.nearest_tf32(v)
         z = tl.dot(u, tl.trans(v), z, input_precision=PREC)
     bo = r // t * b_sample + r % t * b_position
     w = tl.load(b + bo[:, None] + o[None, :], mask=rm[:, None] & om[None, :], other=0.0).to(tl.float32)
@@ -86,8 +88,8 @@ def _by_rows(shape: Layer, s: Side, basis: Tensor) -> Tensor:
 
 
 def _mixed_precision(s: Side, basis: Tensor) -> str:
-    """bf16 factors on a float32 basis are widened, exactly; tf32 then keeps more of both than bf16 would."""
-    return launch.precision(torch.float32) if s.a.dtype == basis.dtype else "tf32"
+    """bf16 factors on a float32 basis are widened, exactly; tf32 then keeps more of both than bf16 would. float32 factors lose nothing."""
+    return tiles.contract_precision(s.a.dtype) if s.a.dtype in (basis.dtype, torch.float32) else "tf32"
 
 
 def _given(shape: Layer, s: Side, basis: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def _given(shape: Layer, s: Side, basis: Tensor) -> Tensor:
         return s.a.new_zeros(s.n, len(basis), dtype=torch.float32)
     if not shape.tabled and (s.t == 1 or len(basis) == 1):
         return _by_rows(shape, s, basis)
-    exact = "tf32" if s.a.dtype != basis.dtype else tiles.contract_precision(s.a.dtype)
+    exact = _mixed_precision(s, basis)
 
     def contract(scratch, partial, width, at, first):
         tiles.accumulate(scratch, basis[:, at:], partial, width, first, False, exact, given=basis.dtype == torch.float32)

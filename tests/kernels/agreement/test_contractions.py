@@ -45,6 +45,15 @@ def test_linear(shape, dtype):
         check(project, "project", a, b, torch.randn(k, d_out, d_in).to(dtype))
 
 
+@pytest.mark.parametrize("t", [1, 3])
+def test_float32_factors_on_a_basis_of_16_bits_are_not_rounded(t):
+    a, b = factors(5, t, 33, 17)
+    for dtype in DTYPES[1:]:
+        basis = torch.randn(3, 17, 33).to(dtype)
+        want = reference.project(a.double(), b.double(), basis.double())
+        assert (project.project(a, b, basis) - want).abs().max() < 1e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("case, dtype", [(case, torch.float32) for case in CONVS] + [(CONVS[2], torch.bfloat16)])
 def test_convolutions(case, dtype):
     x, g = torch.randn(case[0]).to(dtype), torch.randn(case[1]).to(dtype)
