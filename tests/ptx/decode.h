@@ -80,8 +80,10 @@ inline void Parser::decode(Instruction& i, const std::string& op, const Args& ar
   } else if (op == "wgmma.wait_group.sync.aligned") {
     whole(wgmma_wait, 1), i.offset = number(args[0]);
   } else if (op == "wgmma.fence.sync.aligned") {
-    whole(nothing, 0);
-  } else if (like(parts, "fence proxy async shared::cta?") || like(parts, "fence sc|acq_rel? cta|gpu|sys") ||
+    whole(wgmma_fence, 0);
+  } else if (like(parts, "fence proxy async shared::cta?")) {
+    needs(0), i.run = proxy_fence;
+  } else if (like(parts, "fence sc|acq_rel? cta|gpu|sys") ||
              like(parts, "membar cta|gl|sys")) {
     needs(0), i.run = nothing;
   } else {
@@ -111,7 +113,7 @@ inline void Parser::product(Instruction& i, const std::vector<std::string>& part
     return;
   }
   const auto n = parts[4].find('n'), k = parts[4].find('k');
-  i.shape[1] = int(number(parts[4].substr(n + 1, k - n - 1), 10)), i.many = args[1][0] == '{' ? 4 : 1, i.run = wgmma;
+  i.shape[1] = int(number(parts[4].substr(n + 1, k - n - 1), 10)), i.many = args[1][0] == '{' ? 4 : 1, i.run = wgmma, p.products = true;
   if (parts[4] != "m64n" + std::to_string(i.shape[1]) + "k" + std::to_string(depth) || i.shape[1] % 8 || i.shape[1] < 8 || i.shape[1] > 256)
     fail("not known");
   if (int(i.to.size()) != i.shape[1] / 2) fail("registers of " + args[0]);

@@ -43,6 +43,11 @@ void advance(Warp& w) {
         if (++w.block.launch.instructions > w.block.launch.limit) fail("it goes on and on");
         ++pc;
         if (i.kind == Instruction::kPlain) {
+          if (w.program.products) {
+            if (!w.products.empty() || !w.batches.empty()) check_held(w, i);
+            if (i.run != wgmma && m)
+              for (int r : i.to) w.held[r].written = w.fences;
+          }
           if (m) i.run(w, i, m);
           straight = !w.diverged;
         } else if (i.kind == Instruction::kBranch) {
@@ -84,13 +89,14 @@ void fill(const Program& p, Warp& w) {
 
 void run_block(const Program& p, Launch& launch, uint64_t index) {
   Block block{launch, {uint32_t(index % launch.grid[0]), uint32_t(index / launch.grid[0] % launch.grid[1]),
-                       uint32_t(index / launch.grid[0] / launch.grid[1])}, std::vector<unsigned char>(launch.shared_bytes, 0xFF)};
+                       uint32_t(index / launch.grid[0] / launch.grid[1])}, Shared(launch.shared_bytes)};
   std::vector<Warp> warps;
   warps.reserve(launch.threads / 32);
   for (uint32_t id = 0; id < launch.threads / 32; ++id) {
     warps.push_back({p, block, id});
     warps.back().registers.assign(size_t(p.count) * 32, 0xFFFFFFFFFFFFFFFFull);  // NaN, until written
     warps.back().local.assign(size_t(p.local) * 32, 0xFF);
+    if (p.products) warps.back().held.resize(p.count);
     fill(p, warps.back());
   }
   std::vector<Warp*> ready;
@@ -106,6 +112,7 @@ void run_block(const Program& p, Launch& launch, uint64_t index) {
       if (other.alive && other.barrier == w->barrier) there.push_back(&other);
     if (there.size() < warps.size()) continue;
     for (Warp* other : there) other->barrier = -1, ready.push_back(other);
+    block.shared.barrier();
   }
   for (auto& w : warps)
     if (w.alive) fail(p.name + ": warp " + std::to_string(w.id) + " waits at barrier " + std::to_string(w.barrier) + " for warps that do not come");

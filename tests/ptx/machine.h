@@ -4,25 +4,25 @@
 // the lowest program counter first. Warps run in random order up to their next barrier, blocks in random order. Everything that
 // is asynchronous (cp.async, wgmma) happens when it is issued (eager) or when it is waited for (lazy). An access outside of what
 // the launch may touch, one that is not aligned to its width, a barrier in a diverged warp, an operation on lanes that
-// are not there: errors that name the line of the kernel.
+// are not there, shared memory that nothing has written or that two warps touch without a barrier (shared.h), wgmma without its
+// fences and waits (matrix.h): errors that name the line of the kernel.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
-#include <functional>
 #include <map>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "shared.h"
 
 namespace ptx {
 
 using Mask = uint32_t;
 constexpr Mask kAll = ~0u;
-constexpr uint32_t kSharedBase = 1024;  // where global_smem begins: swizzled tiles need multiples of 1024
 
 struct Warp;
 struct Instruction;
@@ -50,6 +50,7 @@ struct Program {
   std::vector<std::pair<int, uint64_t>> constants;  // row, bits
   std::vector<std::pair<int, std::string>> specials;
   std::map<std::string, std::vector<unsigned char>> globals;
+  bool products = false;  // wgmma
   int count = 0, local = 0;  // rows; bytes of local memory a lane
 };
 
@@ -63,18 +64,27 @@ struct Launch {
   uint64_t instructions = 0, requests = 0, sectors = 0, bytes = 0, shared = 0, wavefronts = 0;  // of warps; see memory.h
 };
 
-[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
-
 struct Block {
   Launch& launch;
   uint32_t id[3];
-  std::vector<unsigned char> shared;
+  Shared shared;
 };
 
 struct Copy {
   uint32_t to;
   const unsigned char* from;
   int size, valid;
+};
+
+struct Product {
+  const Instruction* of;
+  uint64_t left, right;  // descriptors
+  bool more;
+};
+
+struct Held {
+  int accumulating = 0, multiplied = 0;  // products under way that hold this row
+  int written = -1;                      // wgmma.fences before it was written
 };
 
 struct Warp {
@@ -90,18 +100,12 @@ struct Warp {
   int barrier = -1;
   std::vector<Copy> open{};
   std::deque<std::vector<Copy>> groups{};
-  std::vector<std::function<void()>> products{};
-  std::deque<std::vector<std::function<void()>>> batches{};
+  std::vector<Product> products{};
+  std::deque<std::vector<Product>> batches{};
+  std::vector<Held> held{};  // of each row, where there are products
+  int fences = 0;
 
   uint64_t* row(int r) { return registers.data() + size_t(r) * 32; }
-
-  unsigned char* shared(uint64_t address, int bytes) {
-    const uint32_t a = uint32_t(address);
-    if (a % bytes && bytes <= 16) fail("shared memory at " + std::to_string(a) + ", not aligned to " + std::to_string(bytes) + " bytes");
-    if (a < kSharedBase || a - kSharedBase + bytes > block.shared.size())
-      fail("shared memory at " + std::to_string(int64_t(a) - kSharedBase) + " of " + std::to_string(block.shared.size()) + " bytes");
-    return block.shared.data() + (a - kSharedBase);
-  }
 
   unsigned char* global(uint64_t address, int bytes, int aligned) {
     if (address % aligned) fail("an address that is not a multiple of " + std::to_string(aligned) + ", its access's width");

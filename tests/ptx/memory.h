@@ -10,27 +10,28 @@ namespace ptx {
 // ---- what accesses cost: sectors of 32 bytes that a global request touches; passes over the 32 banks that a shared one takes,
 // beside those it would take if no two of its words shared a bank
 
-inline void count_request(Warp& w, Mask m, const uint64_t* address, int bytes) {
-  std::vector<uint64_t> sectors;
-  lanes(m, [&](int l) {
-    for (uint64_t s = address[l] / 32; s <= (address[l] + bytes - 1) / 32; ++s) sectors.push_back(s);
-    w.block.launch.bytes += bytes;
-  });
-  std::sort(sectors.begin(), sectors.end());
-  w.block.launch.sectors += std::unique(sectors.begin(), sectors.end()) - sectors.begin();
+inline void count_request(Warp& w, Mask m, const uint64_t* address, int bytes) {  // aligned: a lane asks for one sector
+  uint64_t sectors[32];
+  int many = 0;
+  lanes(m, [&](int l) { sectors[many++] = address[l] / 32; });
+  if (!std::is_sorted(sectors, sectors + many)) std::sort(sectors, sectors + many);
+  w.block.launch.sectors += std::unique(sectors, sectors + many) - sectors;
+  w.block.launch.bytes += uint64_t(many) * bytes;
   ++w.block.launch.requests;
 }
 
-inline void count_shared(Warp& w, const std::vector<uint32_t>& starts, int bytes) {  // of lanes, or of matrices' rows
-  const size_t together = std::max<size_t>(1, std::min<size_t>(32, 128 / bytes));
-  for (size_t first = 0; first < starts.size(); first += together) {
-    std::vector<uint32_t> words[32];
-    size_t deepest = 1;
-    for (size_t l = first; l < std::min(starts.size(), first + together); ++l)
+inline void count_shared(Warp& w, const uint32_t* starts, int many, int bytes) {  // of lanes, or of matrices' rows
+  const int together = std::min(32, 128 / bytes);
+  for (int first = 0; first < many; first += together) {
+    uint32_t words[32][32];  // of each bank, that differ
+    uint8_t depth[32] = {};
+    uint8_t deepest = 1;
+    for (int l = first; l < std::min(many, first + together); ++l)
       for (uint32_t word = starts[l] / 4; word <= (starts[l] + bytes - 1) / 4; ++word) {
-        auto& bank = words[word % 32];
-        if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
-        deepest = std::max(deepest, bank.size());
+        uint32_t* bank = words[word % 32];
+        uint8_t& size = depth[word % 32];
+        if (std::find(bank, bank + size, word) == bank + size) bank[size++] = word;
+        deepest = std::max(deepest, size);
       }
     ++w.block.launch.shared, w.block.launch.wavefronts += deepest;
   }
@@ -47,7 +48,6 @@ enum class Space { kGlobal, kShared, kLocal, kParam };
 
 template <Space S> unsigned char* place(Warp& w, uint64_t address, int bytes, int lane) {
   if constexpr (S == Space::kGlobal) return w.global(address, bytes, bytes);
-  if constexpr (S == Space::kShared) return w.shared(address, bytes);
   uint64_t size = w.program.local, first = size * lane;
   unsigned char* all = w.local.data();
   if constexpr (S == Space::kParam) {
@@ -62,9 +62,10 @@ template <Space S> unsigned char* place(Warp& w, uint64_t address, int bytes, in
 template <Space S> void count(Warp& w, Mask m, const uint64_t* address, int bytes) {
   if (S == Space::kGlobal) count_request(w, m, address, bytes);
   if (S != Space::kShared) return;
-  std::vector<uint32_t> starts;
-  lanes(m, [&](int l) { starts.push_back(uint32_t(address[l])); });
-  count_shared(w, starts, bytes);
+  uint32_t starts[32];
+  int many = 0;
+  lanes(m, [&](int l) { starts[many++] = uint32_t(address[l]); });
+  count_shared(w, starts, many, bytes);
 }
 
 // shape[0]: sign extension
@@ -73,7 +74,9 @@ template <Space S> void load(Warp& w, const Instruction& i, Mask m) {
   const int bytes = i.size * i.many;
   lanes(m, [&](int l) { address[l] = w.row(i.from[0])[l] + i.offset; });
   lanes(m, [&](int l) {
-    const unsigned char* from = place<S>(w, address[l], bytes, l);
+    const unsigned char* from;
+    if constexpr (S == Space::kShared) from = w.block.shared.read(w.id, address[l], bytes);
+    else from = place<S>(w, address[l], bytes, l);
     for (int k = 0; k < i.many; ++k) w.row(i.to[k])[l] = value(from + k * i.size, i.size, i.shape[0]);
   });
   count<S>(w, m, address, bytes);
@@ -84,8 +87,10 @@ template <Space S> void store(Warp& w, const Instruction& i, Mask m) {
   const int bytes = i.size * i.many;
   lanes(m, [&](int l) { address[l] = w.row(i.from[0])[l] + i.offset; });
   lanes(m, [&](int l) {
-    unsigned char* to = place<S>(w, address[l], bytes, l);
-    for (int k = 0; k < i.many; ++k) std::memcpy(to + k * i.size, w.row(i.from[1 + k]) + l, i.size);
+    unsigned char value[64];
+    for (int k = 0; k < i.many; ++k) std::memcpy(value + k * i.size, w.row(i.from[1 + k]) + l, i.size);
+    if constexpr (S == Space::kShared) w.block.shared.write(w.id, address[l], value, bytes);
+    else std::memcpy(place<S>(w, address[l], bytes, l), value, bytes);
   });
   count<S>(w, m, address, bytes);
 }
@@ -103,9 +108,9 @@ inline void atomic_add(Warp& w, const Instruction& i, Mask m) {
 
 inline void land(Warp& w, const std::vector<Copy>& all) {
   for (const Copy& c : all) {
-    unsigned char* to = w.shared(c.to, c.size);
-    if (c.valid) std::memcpy(to, c.from, c.valid);
-    std::memset(to + c.valid, 0, c.size - c.valid);
+    unsigned char value[16] = {};
+    if (c.valid) std::memcpy(value, c.from, c.valid);
+    w.block.shared.write(w.id, c.to, value, c.size);
   }
 }
 inline void copy_async(Warp& w, const Instruction& i, Mask m) {
@@ -118,7 +123,7 @@ inline void copy_async(Warp& w, const Instruction& i, Mask m) {
     address[l] = w.row(i.from[1])[l] + i.shape[1];
     if (valid) w.global(address[l], valid, i.size), read |= 1u << l;
     const uint32_t to = uint32_t(w.row(i.from[0])[l] + i.offset);
-    w.shared(to, i.size);
+    w.block.shared.at(to, i.size);
     all.push_back({to, reinterpret_cast<unsigned char*>(address[l]), i.size, valid});
   });
   if (read) count_request(w, read, address, i.size);

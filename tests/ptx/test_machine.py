@@ -1,5 +1,6 @@
 """The machine that runs PTX: single instructions against what they are defined to be, and the faults it must see."""
 
+import contextlib
 import re
 import struct
 
@@ -197,11 +198,13 @@ def test_a_text_that_ends_early_is_refused(text):
         gpu.Program(text)
 
 
-@pytest.mark.parametrize("eager, waits, want", [(True, False, 5), (False, True, 5), (False, False, -1)])
-def test_a_copy_lands_when_it_is_waited_for(eager, waits, want):
+@pytest.mark.parametrize("eager, waits", [(True, False), (False, True), (False, False)])
+def test_a_copy_lands_when_it_is_waited_for(eager, waits):
     x, out = torch.full((32,), 5), torch.zeros(32, dtype=torch.int64)
     wait = "cp.async.commit_group;\ncp.async.wait_group 0;" if waits else ""
-    run(f"""
+    expected = contextlib.nullcontext() if eager or waits else pytest.raises(RuntimeError, match="which nothing has written")
+    with expected:
+        run(f"""
 	shl.b32 %r5, %r1, 3;
 	mov.b32 %r6, global_smem;
 	add.s32 %r7, %r5, %r6;
@@ -210,7 +213,69 @@ def test_a_copy_lands_when_it_is_waited_for(eager, waits, want):
 	ld.shared.b64 %rd9, [%r7];
 	st.global.b64 [%rd5], %rd9;
 """, x, out, eager=eager)  # fmt: skip
-    assert out.tolist() == [want] * 32
+    assert out.tolist() == [5 if eager or waits else 0] * 32
+
+
+SHARE = "shl.b32 %r5, %r1, 2;\nadd.u32 %r5, %r5, global_smem;\nxor.b32 %r6, %r5, 128;\n"  # own word, and the other warp's
+
+
+@pytest.mark.parametrize("body, message", [
+    ("st.shared.b32 [%r5], %r1;\nld.shared.b32 %r7, [%r6];", "which nothing has written|wrote, and no barrier since"),
+    ("st.shared.b32 [%r5], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nst.shared.b32 [%r5], %r7;", "(read|wrote), and no barrier since"),
+    ("st.shared.b32 [global_smem], %r1;", "wrote another value, and no barrier since"),
+    ("ld.shared.b32 %r7, [global_smem];", "which nothing has written"),
+    ("st.shared.b32 [%r5], %r1;\nbar.sync 0;\nld.shared.b32 %r7, [%r6];\nbar.sync 0;\nst.shared.b32 [%r5], %r7;", None),
+    ("st.shared.b32 [global_smem], 7;\nbar.sync 0;\nld.shared.b32 %r7, [global_smem];", None),  # the same value
+    ("st.shared.b8 [%r5], %r1;\nst.shared.b8 [%r5+1], %r1;\nld.shared.b16 %rs1, [%r5];", None),
+])  # fmt: skip
+def test_races_between_warps_are_seen(body, message):
+    fails = pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
+    with fails:
+        run(SHARE + body, torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64), threads=64)
+
+
+ONES = """
+	mov.b32 %r6, 0x3F803F80;
+	shl.b32 %r5, %r1, 4;
+	add.u32 %r5, %r5, global_smem;
+	st.shared.v4.b32 [%r5], {%r6, %r6, %r6, %r6};
+	fence.proxy.async.shared::cta;
+	bar.sync 0;
+	mov.b64 %rd8, 0x0000000800080040;
+	mov.b32 %r8, 0f40A00000;
+	mov.b32 %r9, %r8;
+	mov.b32 %r10, %r8;
+	mov.b32 %r11, %r8;
+	wgmma.fence.sync.aligned;
+	wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r8, %r9, %r10, %r11}, {%r6, %r6, %r6, %r6}, %rd8, 1, 1, 1, 0;
+	wgmma.commit_group.sync.aligned;
+	wgmma.wait_group.sync.aligned 0;
+	cvt.rzi.s64.f32 %rd9, %r11;
+	st.global.b64 [%rd5], %rd9;
+"""
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("old, new, message", [
+    ("", "", None),
+    ("fence.proxy.async.shared::cta;\n\tbar.sync 0;", "bar.sync 0;\n\tfence.proxy.async.shared::cta;", None),
+    ("fence.proxy.async.shared::cta;", "", "no fence.proxy.async came between"),
+    ("bar.sync 0;", "", "nothing has written|no barrier since"),
+    ("wgmma.fence.sync.aligned;", "", "wgmma adds to a register that was written after wgmma.fence"),
+    ("mov.b32 %r11, %r8;\n\twgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned;\n\tmov.b32 %r11, %r8;", "written after wgmma.fence"),
+    ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned;\n\tmov.b32 %r6, %r6;", "wgmma reads a register that was written"),
+    ("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", "is read before wgmma.wait_group"),
+    ("wgmma.wait_group.sync.aligned 0;", "", "is read before wgmma.wait_group"),
+    ("wgmma.wait_group.sync.aligned 0;", "mov.b32 %r6, 0;\n\twgmma.wait_group.sync.aligned 0;", "is written before wgmma.wait_group"),
+    ("wgmma.wait_group.sync.aligned 0;", "mov.b32 %r7, %r6;\n\twgmma.wait_group.sync.aligned 0;", None),
+])  # fmt: skip
+def test_products_without_their_fences_are_seen(old, new, message, eager):
+    assert old in ONES
+    x, out = torch.zeros(128, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)
+    fails = pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
+    with fails:
+        run(ONES.replace(old, new), x, out, threads=128, eager=eager)
+        assert out.tolist() == [16 + 5] * 128
 
 
 def test_sectors_are_counted():
@@ -225,6 +290,7 @@ def test_sectors_are_counted():
 
 
 TARGETS = {"sm_80": ("copies", "barriers"), "sm_90": ("copies", "products", "barriers")}
+SEEN = {"copies": "nothing has written", "products": "before wgmma.wait_group", "barriers": "nothing has written|no barrier since"}
 WAITS = {"copies": r"cp\.async\.wait_group", "products": r"wgmma\.wait_group", "barriers": r"bar\.sync"}
 
 
@@ -244,5 +310,5 @@ def test_a_kernel_without_its_waits_is_noticed(what, target, monkeypatch):
         return gpu.Program(re.sub(rf"{WAITS[what]}[^;]*;", "", ptx))
 
     monkeypatch.setattr(gpu, "_program", without)
-    with gpu.running(target):
-        assert not torch.allclose(gram.gram(a, b, route="rows"), plain, rtol=1e-4, atol=0.1)
+    with gpu.running(target), pytest.raises(RuntimeError, match=SEEN[what]):
+        gram.gram(a, b, route="rows")
