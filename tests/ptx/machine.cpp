@@ -144,9 +144,9 @@ void ptx_free(void* program) { delete static_cast<Program*>(program); }
 // allowed: pairs from, to, sorted. counted: instructions of warps, global requests, their sectors of 32 bytes, bytes asked for; passes over shared
 // memory's banks without and with conflicts
 int ptx_launch(void* program, const uint32_t* grid, uint32_t threads, uint32_t shared_bytes, const uint64_t* args, int64_t many,
-               const uint64_t* allowed, int64_t ranges, uint32_t seed, int eager, uint64_t* counted) {
+               const uint64_t* allowed, int64_t ranges, uint32_t seed, int eager, int copies_fenced, uint64_t* counted) {
   try {
-    Launch launch{{grid[0], grid[1], grid[2]}, threads, shared_bytes, {args, args + many}, {}, eager != 0, std::mt19937(seed)};
+    Launch launch{{grid[0], grid[1], grid[2]}, threads, shared_bytes, {args, args + many}, {}, eager != 0, copies_fenced != 0, std::mt19937(seed)};
     for (int64_t r = 0; r < ranges; ++r) launch.allowed.push_back({allowed[2 * r], allowed[2 * r + 1]});
     for (auto& [name, bytes] : static_cast<Program*>(program)->globals) {
       const uint64_t first = reinterpret_cast<uint64_t>(bytes.data());

@@ -58,7 +58,7 @@ struct Launch {
   uint32_t grid[3], threads, shared_bytes;
   std::vector<uint64_t> args;
   std::vector<std::pair<uint64_t, uint64_t>> allowed;  // [from, to), sorted
-  bool eager;
+  bool eager, copies_fenced;
   std::mt19937 random;
   uint64_t limit = 1ull << 36;  // of instructions: a kernel that goes round and round ends
   uint64_t instructions = 0, requests = 0, sectors = 0, bytes = 0, shared = 0, wavefronts = 0;  // of warps; see memory.h

@@ -110,7 +110,7 @@ inline void land(Warp& w, const std::vector<Copy>& all) {
   for (const Copy& c : all) {
     unsigned char value[16] = {};
     if (c.valid) std::memcpy(value, c.from, c.valid);
-    w.block.shared.write(w.id, c.to, value, c.size);
+    w.block.shared.write(w.id, c.to, value, c.size, w.block.launch.copies_fenced);
   }
 }
 inline void copy_async(Warp& w, const Instruction& i, Mask m) {

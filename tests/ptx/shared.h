@@ -35,8 +35,8 @@ class Shared {
     return bytes.data() + first;
   }
 
-  // Warps may write the same value
-  void write(uint32_t warp, uint64_t address, const void* from, uint32_t size) {
+  // Warps may write the same value. fenced: wgmma may read it as it is
+  void write(uint32_t warp, uint64_t address, const void* from, uint32_t size, bool fenced = false) {
     const uint32_t first = at(address, size), mine = epoch | warp;
     const unsigned char* value = static_cast<const unsigned char*>(from);
     for (uint32_t k = first; k < first + size; ++k) {
@@ -44,7 +44,7 @@ class Shared {
       if (r >= epoch && r != mine) fail(place(k) + ", which " + name(r) + " read, and no barrier since");
       if (w >= epoch && w != mine && bytes[k] != value[k - first])
         fail(place(k) + ", where " + name(w) + " wrote another value, and no barrier since");
-      writer[k] = w >= epoch && w != mine ? epoch | kMany : mine, fences[k] = fence_count;
+      writer[k] = w >= epoch && w != mine ? epoch | kMany : mine, fences[k] = fenced ? 0 : fence_count;
     }
     std::memcpy(bytes.data() + first, from, size);
   }
@@ -64,7 +64,8 @@ class Shared {
 
   std::vector<unsigned char> bytes;
   std::vector<uint32_t> writer, reader, fences;  // stamps; fences before the last write
-  uint32_t epoch = kEpoch, fence_count = 0, fenced[64] = {};
+  uint32_t epoch = kEpoch, fence_count = 1;
+  std::vector<uint32_t> fenced = std::vector<uint32_t>(64, 1);  // fence_count at a warp's last
 };
 
 }  // namespace ptx

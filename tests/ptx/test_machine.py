@@ -278,6 +278,20 @@ def test_products_without_their_fences_are_seen(old, new, message, eager):
         assert out.tolist() == [16 + 5] * 128
 
 
+def test_copies_need_the_fence_too_unless_a_launch_is_told_otherwise():
+    x, out = torch.full((256,), 0x3F803F803F803F80), torch.zeros(128, dtype=torch.int64)
+    body = ONES.replace("fence.proxy.async.shared::cta;", "").replace("st.shared.v4.b32 [%r5], {%r6, %r6, %r6, %r6};", """
+	mul.wide.u32 %rd3, %r1, 16;
+	add.s64 %rd4, %rd1, %rd3;
+	cp.async.cg.shared.global [%r5], [%rd4], 16;
+	cp.async.commit_group;
+	cp.async.wait_group 0;""")  # fmt: skip
+    run(body, x, out, threads=128, copies_fenced=True)
+    assert out.tolist() == [16 + 5] * 128
+    with pytest.raises(RuntimeError, match="no fence.proxy.async came between"):
+        run(body, x, out, threads=128)
+
+
 def test_sectors_are_counted():
     def sectors(stride):
         x, out = torch.zeros(32 * 8, dtype=torch.int64), torch.zeros(32, dtype=torch.int64)
