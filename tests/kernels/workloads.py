@@ -50,7 +50,7 @@ def matrices(dtype):
     yield project, "project", *many, torch.randn(16, 64, 64)
     for kind, k in (("sign", 16), ("sign", 64), ("sign", 200), ("gaussian", 16)):
         yield project_random, "project_random", *many, k, SEED, 0, kind
-        yield project_random, "project_random_conv", x, g, k, *SHAPE, SEED, 0, kind
+        yield project_random, "project_random_conv", x, g, min(k, 72), *SHAPE, SEED, 0, kind  # the reference is slow
         yield project_random, "project_random", *wide, k, SEED, 0, kind
 
 

@@ -290,12 +290,20 @@ inline void words(Table& t) {
   }, 3};
 }
 
+// Comparisons of 16-bit floats
+template <float (*widen)(uint16_t)> void halves(Table& t, const std::string& s) {
+  t["setp.num." + s] = map<bool, uint16_t, uint16_t>([](uint16_t a, uint16_t b) { return widen(a) == widen(a) && widen(b) == widen(b); });
+  t["setp.nan." + s] = map<bool, uint16_t, uint16_t>([](uint16_t a, uint16_t b) { return widen(a) != widen(a) || widen(b) != widen(b); });
+  t["setp.lt." + s] = map<bool, uint16_t, uint16_t>([](uint16_t a, uint16_t b) { return widen(a) < widen(b); });
+  t["setp.gt." + s] = map<bool, uint16_t, uint16_t>([](uint16_t a, uint16_t b) { return widen(a) > widen(b); });
+}
+
 inline Table arithmetic() {
   Table t;
   integers<int16_t>(t, "s16"), integers<uint16_t>(t, "u16"), integers<int32_t>(t, "s32"), integers<uint32_t>(t, "u32");
   integers<int64_t>(t, "s64"), integers<uint64_t>(t, "u64");
   bits<bool>(t, "pred"), bits<uint16_t>(t, "b16"), bits<uint32_t>(t, "b32"), bits<uint64_t>(t, "b64");
-  floats<float>(t, "f32"), floats<double>(t, "f64");
+  floats<float>(t, "f32"), floats<double>(t, "f64"), halves<bf16>(t, "bf16"), halves<f16>(t, "f16");
   conversions(t), approximations(t), words(t);
   return t;
 }
