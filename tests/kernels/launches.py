@@ -20,7 +20,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 def record(calls, target: str | None = None) -> list[tuple]:
     """(kernel, arguments by name, options) of every launch that ``calls()`` makes, on ``target`` if given; nothing runs."""
     import torch
-    from entangle_fast.kernels import tune
+    from entangle_fast.kernels import cache, tune
     from triton.runtime.jit import JITFunction
 
     found = []
@@ -40,6 +40,7 @@ def record(calls, target: str | None = None) -> list[tuple]:
         calls()
     finally:
         JITFunction.run, tune.major = kept, major
+        cache._made.clear()  # tables were zeroed too
     return found
 
 
