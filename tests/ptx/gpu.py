@@ -73,7 +73,7 @@ def _living() -> list[tuple[int, int]]:
     """[from, to) of the storages of all tensors, sorted and joined."""
     found = set()
     for x in gc.get_objects():
-        if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu":
+        if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and torch._C._has_storage(x):
             storage = x.untyped_storage()
             if storage.nbytes():
                 found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))

@@ -118,6 +118,11 @@ def test_approximations_err_but_not_by_much(instruction, exact, ulps):
     assert off.max() <= ulps and off.max() > 0.6  # a wrong constant would show, and so would exactness
 
 
+def test_tensors_without_a_storage_may_live_beside_it():
+    beside = [torch.eye(3).to_sparse(), torch.eye(3).to_mkldnn()]
+    assert one("add.s32", 1, 2) == 3 and len(beside) == 2
+
+
 def test_lanes_of_two_paths_meet_again():
     out = torch.zeros(32, dtype=torch.int64)
     run("""
