@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 # torch first and bounded: an open range can pull several GB of CUDA packages
 TORCH  ?= torch>=2.11,<2.14
+# processes of the tests: one a core
+WORKERS ?= --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 .PHONY: env demo test test-all bench gpu sanitize frontier clean
 
@@ -19,10 +21,10 @@ demo: env
 	$(BIN)/entangle-fast demo
 
 test: env
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" $(WORKERS)
 
 test-all: env
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(WORKERS)
 
 frontier: env
 	$(BIN)/python bench/frontier.py

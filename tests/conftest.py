@@ -1,7 +1,11 @@
 """What every test shares: two threads, fixed seeds, and memory that is never silently zero."""
 
-import pytest
-import torch
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: processes that share cores must not wait for threads by spinning
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
