@@ -72,10 +72,12 @@ def capture(
     if batch_dim is None and is_module and _positions_first(model):
         batch_dim = 1
     recorder = Recorder(named, model.buffers() if is_module else (), batch_size=batch_size, batch_dim=batch_dim, strict=strict)
-    hook = model.register_forward_pre_hook(_count_samples(recorder), with_kwargs=True) if is_module else None
-    _CAPTURED.update(seen)
-    recorder.active = True
-    try:
+    hook = None
+    try:  # an interrupt leaves nothing behind
+        if is_module:
+            hook = model.register_forward_pre_hook(_count_samples(recorder), with_kwargs=True)
+        _CAPTURED.update(seen)
+        recorder.active = True
         with recorder.mode:
             yield Tape(recorder)
     finally:

@@ -260,10 +260,12 @@ class LookaheadProcess(AheadProcess):
         return {"epoch": 0.0, "trimmed": count}
 
     def state(self):
-        return super().state() | ({} if self.labels is None else {"labels": self.labels})
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return super().state() | labels | {"exact": torch.tensor(self.exact)}  # attention's backend goes with it
 
     def load(self, state):
         super().load(state)
+        self.exact = bool(state["exact"])
         self.labels = state["labels"].to(self.params[0].device) if "labels" in state else None
 
 
