@@ -7,6 +7,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: processes t
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+LONGEST = ("test_nvcc_runs.py", "test_interpreter.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that processes which share the tests end together."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads():

@@ -11,12 +11,17 @@ import functools
 import hashlib
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from build import CUDA, FLAGS, HERE, _cache
 
+COMPILED = os.environ.get("EF_CUDA_COMPILED")  # "sm_80", "sm_90a": what nvcc makes of the sources (tests/ptx), in the emulator's place
+if COMPILED:
+    sys.path.insert(0, str(HERE.parent / "ptx"))
+    import nvcc
 INCLUDE = Path(torch.__file__).parent / "include"
 BINDING_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include"]
 
@@ -39,6 +44,8 @@ def _object(source: Path, more: list[str], shared: bytes) -> Path:
 
 @functools.cache
 def library() -> Path:
+    if COMPILED:
+        return nvcc.library(COMPILED)
     headers = [*HERE.rglob("*.h"), *HERE.rglob("*.cuh"), *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.parent.glob("*.inc")]
     shared = torch.__version__.encode() + b"".join(f.read_bytes() for f in sorted(headers))
     sources = [(f, BINDING_FLAGS) for f in sorted(CUDA.glob("*.cpp"))] + [(f, []) for f in sorted(CUDA.glob("*.cu"))]
@@ -57,14 +64,16 @@ def library() -> Path:
 def ops():
     """The operations, on CPU tensors."""
     torch.ops.load_library(library())
+    control()
     return torch.ops.entangle_fast_cuda_host
 
 
 @functools.cache
 def control() -> ctypes.CDLL:
     """The same library, for the emulator's own switches (exports.cpp)."""
-    ops()
     found = ctypes.CDLL(str(library()))
+    if COMPILED:
+        nvcc.begin(found, COMPILED)
     found.cuda_host_error.restype = found.cuda_host_visited.restype = found.cuda_host_launches.restype = ctypes.c_char_p
     return found
 

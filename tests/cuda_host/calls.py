@@ -2,8 +2,9 @@
 
 import ctypes
 
+import pytest
 import torch
-from bound import control
+from bound import COMPILED, control
 from build import Factors, run
 
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
@@ -20,13 +21,20 @@ def _empty(*shape):
     return torch.full(shape, float("nan"))
 
 
+def _skip_unless_there(form) -> None:
+    if form == WGMMA and COMPILED == "sm_80":
+        pytest.skip("sm_80 has no wgmma")
+
+
 def gram_refuses(form, a, b, a2=None, b2=None) -> bool:
+    _skip_unless_there(form)
     right = None if a2 is None else Factors(a2, b2)
     return bool(_count(control().ef_cuda_gram_refuses, form, TYPES[a.dtype], Factors(a, b), right, a.shape[2], b.shape[2]))
 
 
 def gram(form, a, b, a2=None, b2=None, partials=None, **options):
     """a (n, t, d_in), b (n, t, d_out), unit stride inside → (n, m). options: those of build.run."""
+    _skip_unless_there(form)
     library, left, right = control(), Factors(a, b), None if a2 is None else Factors(a2, b2)
     shape = (form, TYPES[a.dtype], left, right, a.shape[2], b.shape[2])
     count = partials or _count(library.ef_cuda_gram_partials, *shape)

@@ -111,6 +111,7 @@ template <class T> void integers(Table& t, const std::string& s) {
   t["neg." + s] = map<T, T>([](T a) { return T(U(0) - U(a)); });
   t["abs." + s] = map<T, T>([](T a) { return a < 0 ? T(U(0) - U(a)) : a; });
   t["shr." + s] = map<T, T, uint32_t>([](T a, uint32_t n) { return shifted_right(a, n); });
+  t["selp." + s] = map<T, T, T, bool>([](T a, T b, bool p) { return p ? a : b; });
   comparisons<T>(t, s);
 }
 
@@ -194,6 +195,8 @@ inline void conversions(Table& t) {
   to_integer<int32_t, float>(t, "s32", "f32"), to_integer<uint32_t, float>(t, "u32", "f32"), to_integer<int64_t, float>(t, "s64", "f32");
   to_integer<int32_t, double>(t, "s32", "f64"), to_integer<uint32_t, double>(t, "u32", "f64"), to_integer<int64_t, double>(t, "s64", "f64");
   to_integer<int8_t, float>(t, "s8", "f32"), to_integer<int16_t, float>(t, "s16", "f32"), to_integer<int16_t, double>(t, "s16", "f64");
+  t["cvt.rzi.f32.f32"] = map<float, float>([](float a) { return canonical(std::trunc(a)); });
+  t["cvt.rni.f32.f32"] = map<float, float>([](float a) { return canonical(std::nearbyint(a)); });
   t["cvt.f32.bf16"] = map<float, uint16_t>([](uint16_t a) { return bf16(a); });
   t["cvt.f64.bf16"] = map<double, uint16_t>([](uint16_t a) { return double(bf16(a)); });
   t["cvt.rn.bf16.f32"] = map<uint16_t, float>([](float a) { return to_bf16(a); });
@@ -222,7 +225,7 @@ template <bool kFlush> void approximation(Table& t, const std::string& ftz) {
   t["rcp.approx." + ftz + "f32"] = map<float, float>([](float a) { return out(off(1 / double(in(a)), kUlp)); });
   t["sqrt.approx." + ftz + "f32"] = map<float, float>([](float a) { return out(off(std::sqrt(double(in(a))), kUlp)); });
   t["rsqrt.approx." + ftz + "f32"] = map<float, float>([](float a) { return out(off(1 / std::sqrt(double(in(a))), kUlp)); });
-  t["div.full." + ftz + "f32"] =
+  t["div.full." + ftz + "f32"] = t["div.approx." + ftz + "f32"] =
       map<float, float, float>([](float a, float b) { return out(off(double(in(a)) / double(in(b)), 2 * kUlp)); });
 }
 

@@ -1,6 +1,7 @@
 // What an instruction's name and operands say: by whole names, so that a modifier that is not known is refused.
 #pragma once
 
+#include "cluster.h"
 #include "matrix.h"
 #include "memory.h"
 #include "parse.h"
@@ -27,23 +28,30 @@ inline void Parser::decode(Instruction& i, const std::string& op, const Args& ar
     all_from(1);
   } else if (like(parts, "bra uni?")) {
     needs(1), i.kind = Instruction::kBranch;
-    branches.push_back({p.code.size(), args[0]});
+    branches.push_back({p.code.size(), args[0], scopes});
   } else if (op == "ret" || op == "exit") {
     needs(0), i.kind = Instruction::kExit;
   } else if (like(parts, "bar|barrier sync aligned?")) {  // of all warps
     whole(nullptr, 1), i.kind = Instruction::kBarrier, i.from = {operand(args[0])};
+  } else if (op == "bar.red.or.pred") {  // of all warps too: decode adds the reduction
+    whole(nullptr, 3), i.kind = Instruction::kBarrier, i.to = {destination(args[0])}, i.from = {operand(args[1]), operand(args[2])};
   } else if (op == "bar.warp.sync") {
     whole(nothing, 1);
   } else if (like(parts, "mov pred|" + kTypes)) {
     needs(2), move(i, args, width(parts.back()));
   } else if (like(parts, "cvta to? global|shared|local u64")) {
     needs(2), move(i, args, 8);
+  } else if (op == "cvta.param.u64") {
+    needs(2), i.to = {destination(args[0])}, i.from = {operand(args[1])};
+    i.run = map<uint64_t, uint64_t>([](uint64_t a) { return a + kParamBase; }).run;
   } else if (parts[0] == "ld" || parts[0] == "st") {
     needs(2), transfer(i, parts, args);
   } else if (like(parts, "atom global cta|gpu|sys? relaxed|acquire|release|acq_rel? add u32|s32|u64") ||
              like(parts, "atom relaxed|acquire|release|acq_rel? cta|gpu|sys? global add u32|s32|u64")) {
     needs(3), i.size = width(parts.back()), i.run = atomic_add;
     i.to = {destination(args[0])}, i.from = {address(args[1], i.offset), operand(args[2])};
+  } else if (like(parts, "atom shared|shared::cta add u32")) {
+    needs(3), i.size = 4, i.run = atomic_shared, i.to = {destination(args[0])}, i.from = {address(args[1], i.offset), operand(args[2])};
   } else if (like(parts, "cp async ca|cg shared|shared::cta global L2::64B|L2::128B|L2::256B?")) {
     needs(args.size() == 3 ? 3 : 4), i.run = copy_async, i.size = int(number(args[2]));
     if (i.size != 16 && (parts[2] == "cg" || (i.size != 4 && i.size != 8))) fail("copies " + args[2] + " bytes");
@@ -64,7 +72,7 @@ inline void Parser::decode(Instruction& i, const std::string& op, const Args& ar
   } else if (like(parts, "redux sync add|min|max u32|s32") || like(parts, "redux sync and|or|xor b32")) {
     whole(reduce, 3), i.to = {destination(args[0])}, all_from(1), i.shape[1] = has("s32");
     i.shape[0] = has("add") ? kAdd : has("max") ? kMax : has("min") ? kMin : has("and") ? kAnd : has("or") ? kOr : kXor;
-  } else if (like(parts, "vote sync any|all pred") || op == "vote.sync.ballot.b32") {
+  } else if (like(parts, "vote sync any|all pred") || op == "vote.sync.ballot.b32" || op == "vote.ballot.sync.b32") {
     whole(vote, 3), i.to = {destination(args[0])}, all_from(1), i.shape[0] = has("ballot") ? 0 : has("any") ? 1 : 2;
   } else if (like(parts, "ldmatrix|stmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta b16")) {
     whole(matrices, 2);
@@ -83,6 +91,42 @@ inline void Parser::decode(Instruction& i, const std::string& op, const Args& ar
     whole(wgmma_fence, 0);
   } else if (like(parts, "fence proxy async shared::cta?")) {
     needs(0), i.run = proxy_fence;
+  } else if (op == "mbarrier.init.shared::cta.b64") {
+    needs(2), i.run = barrier_init, i.from = {address(args[0], i.offset), operand(args[1])};
+  } else if (op == "mbarrier.arrive.expect_tx.shared::cta.b64") {
+    needs(3), i.run = barrier_expect, i.from = {address(args[1], i.offset), operand(args[2])};
+    if (args[0] != "_") fail("not known");
+  } else if (op == "mbarrier.arrive.shared::cluster.b64") {
+    needs(2), i.run = barrier_arrive, i.from = {address(args[1], i.offset)};
+    if (args[0] != "_") fail("not known");
+  } else if (op == "mapa.shared::cluster.u32") {
+    needs(3), i.to = {destination(args[0])}, all_from(1);
+    i.run = map<uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t rank) { return mapped(a, rank); }).run;
+  } else if (op == "mbarrier.try_wait.parity.shared::cta.b64") {
+    needs(3), i.kind = Instruction::kWait, i.run = barrier_passed;
+    i.to = {destination(args[0])}, i.from = {address(args[1], i.offset), operand(args[2])};
+  } else if (op == "barrier.cluster.arrive.release.aligned") {
+    whole(cluster_arrive, 0);
+  } else if (op == "barrier.cluster.wait.acquire.aligned") {
+    whole(cluster_passed, 0), i.kind = Instruction::kWait;
+  } else if (starts(op, "cp.async.bulk.tensor.")) {
+    const std::string all = "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes";
+    i.shape[0] = op == all + ".multicast::cluster.L2::cache_hint";
+    if (!i.shape[0] && op != all + ".L2::cache_hint") fail("not known");
+    needs(4 + i.shape[0]), i.run = tensor_copy, i.from = {address(args[0], i.offset)};
+    const auto where = split(args[1].substr(1, args[1].size() - 2), ',');  // [map, {columns, rows, planes}]
+    i.from.push_back(operand(where[0]));
+    for (int r : operands(where[1])) i.from.push_back(r);
+    int64_t none = 0;
+    i.from.push_back(address(args[2], none));
+    if (i.shape[0]) i.from.push_back(operand(args[3]));
+    if (none || i.from.size() != 6 + size_t(i.shape[0])) fail("not known");
+  } else if (like(parts, "createpolicy fractional L2::evict_first|L2::evict_normal b64")) {
+    needs(2), i.to = {destination(args[0])}, i.from = {constant(0)}, i.run = map<uint64_t, uint64_t>([](uint64_t a) { return a; }).run;
+  } else if (op == "prefetch.tensormap") {
+    needs(1), i.run = nothing;
+  } else if (like(parts, "griddepcontrol wait|launch_dependents") || op == "fence.mbarrier_init.release.cluster") {
+    needs(0), i.run = nothing;  // launches run one after the other here
   } else if (like(parts, "fence sc|acq_rel? cta|gpu|sys") ||
              like(parts, "membar cta|gl|sys")) {
     needs(0), i.run = nothing;
@@ -159,7 +203,9 @@ inline void Parser::transfer(Instruction& i, const std::vector<std::string>& par
   const std::string evicted =
       "L1::evict_normal|L1::evict_first|L1::evict_last|L1::evict_unchanged|L1::no_allocate? L2::64B|L2::128B|L2::256B? ";
   const std::string order = loads ? "ld volatile|relaxed|acquire? cta|gpu|sys? " : "st volatile|relaxed|release? cta|gpu|sys? ";
-  if (!like(parts, order + "global ca|cg|cs|cv|lu|wb|wt? nc? " + evicted + "v2|v4|v8? " + kTypes) &&
+  const bool generic = parts.size() > 1 && like({parts.end() - 1, parts.end()}, kTypes) &&
+                       (parts.size() == 2 || (parts.size() == 3 && (parts[1] == "v2" || parts[1] == "v4")));  // here: global
+  if (!generic && !like(parts, order + "global ca|cg|cs|cv|lu|wb|wt? nc? " + evicted + "v2|v4|v8? " + kTypes) &&
       !like(parts, order + "shared|shared::cta|local v2|v4? " + kTypes) && !like(parts, "ld param|const v2|v4? " + kTypes))
     fail("not known");
   std::string space;
@@ -171,7 +217,7 @@ inline void Parser::transfer(Instruction& i, const std::vector<std::string>& par
   i.from = {address(args[loads], i.offset)};
   for (int r : operands(args[!loads], loads)) (loads ? i.to : i.from).push_back(r);
   if (starts(space, "shared")) i.run = loads ? load<Space::kShared> : store<Space::kShared>;
-  else if (space == "global" || space == "const") i.run = loads ? load<Space::kGlobal> : store<Space::kGlobal>;
+  else if (generic || space == "global" || space == "const") i.run = loads ? load<Space::kGlobal> : store<Space::kGlobal>;
   else if (space == "local") i.run = loads ? load<Space::kLocal> : store<Space::kLocal>;
   else i.run = load<Space::kParam>;
   if (int(loads ? i.to.size() : i.from.size() - 1) != i.many) fail("needs " + std::to_string(i.many) + " registers");

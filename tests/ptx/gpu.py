@@ -50,18 +50,21 @@ def machine() -> ctypes.CDLL:
 
 class Program:
     def __init__(self, ptx: str):
-        self.handle = ctypes.c_void_p(machine().ptx_read(ptx.encode()))
+        self.handle = ctypes.c_void_p(machine().ptx_read(ptx.encode(), b""))
         if not self.handle:
             raise RuntimeError(machine().ptx_error().decode())
         self.params = machine().ptx_params(self.handle)
 
     def launch(self, grid, threads: int, shared: int, args: list[int], seed=1, eager=False, copies_fenced=False) -> dict[str, int]:
         """args: bits. copies_fenced: what cp.async copied needs no fence before wgmma reads it. Returns what was counted."""
+        assert len(args) == self.params, f"{self.params} parameters, {len(args)} arguments"
         allowed = [x for pair in _living() for x in pair]
         counted = (ctypes.c_uint64 * len(COUNTED))()
+        held = (ctypes.c_uint64 * len(args))(*args)
+        where = (ctypes.c_void_p * len(args))(*(ctypes.addressof(held) + 8 * k for k in range(len(args))))
         failed = machine().ptx_launch(
-            self.handle, (ctypes.c_uint32 * 3)(*grid), ctypes.c_uint32(threads), ctypes.c_uint32(shared),
-            (ctypes.c_uint64 * len(args))(*args), ctypes.c_int64(len(args)), (ctypes.c_uint64 * len(allowed))(*allowed),
+            self.handle, (ctypes.c_uint32 * 3)(*grid), ctypes.c_uint32(1), ctypes.c_uint32(threads), ctypes.c_uint32(shared), where,
+            (ctypes.c_uint64 * len(allowed))(*allowed),
             ctypes.c_int64(len(allowed) // 2), ctypes.c_uint32(seed), int(eager), int(copies_fenced), counted,
         )  # fmt: skip
         if failed:

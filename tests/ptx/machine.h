@@ -1,11 +1,11 @@
-// A GPU's instruction set on the CPU: what Triton compiled, PTX for sm_80 or sm_90a, runs here warp by warp on host memory.
+// A GPU's instruction set on the CPU: what Triton or nvcc compiled, PTX for sm_80 or sm_90a, runs here warp by warp on host memory.
 //
 // A warp's registers are rows of 32 lanes; an instruction is a function over the lanes of a mask. Lanes that diverge go on at
-// the lowest program counter first. Warps run in random order up to their next barrier, blocks in random order. Everything that
-// is asynchronous (cp.async, wgmma) happens when it is issued (eager) or when it is waited for (lazy). An access outside of what
-// the launch may touch, one that is not aligned to its width, a barrier in a diverged warp, an operation on lanes that
-// are not there, shared memory that nothing has written or that two warps touch without a barrier (shared.h), wgmma without its
-// fences and waits (matrix.h): errors that name the line of the kernel.
+// the lowest program counter first. Warps run in random order up to their next barrier, blocks in random order; those of a cluster,
+// which meet at mbarriers too, side by side (cluster.h). Everything that is asynchronous (cp.async, wgmma, TMA) happens when it is
+// issued (eager) or when it is waited for (lazy). An access outside of what the launch may touch, one that is not aligned to its
+// width, a barrier in a diverged warp, an operation on lanes that are not there, shared memory that nothing has written or that two
+// warps touch without a barrier (shared.h), wgmma without its fences and waits (matrix.h): errors that name the line of the kernel.
 #pragma once
 
 #include <algorithm>
@@ -23,13 +23,14 @@ namespace ptx {
 
 using Mask = uint32_t;
 constexpr Mask kAll = ~0u;
+constexpr uint64_t kParamBase = 1ull << 56;  // where generic addresses of parameters begin
 
 struct Warp;
 struct Instruction;
 using Run = void (*)(Warp&, const Instruction&, Mask);
 
 struct Instruction {
-  enum Kind { kPlain, kBranch, kExit, kBarrier } kind = kPlain;
+  enum Kind { kPlain, kBranch, kExit, kBarrier, kWait } kind = kPlain;
   Run run = nullptr;
   std::vector<int> to, from;  // rows; of a memory access from[0] is the address
   int64_t offset = 0;         // added to the address; a branch's target
@@ -45,18 +46,19 @@ struct Program {
   std::string name;
   std::vector<Instruction> code;
   std::vector<std::string> places;  // the kernel's lines
-  std::vector<std::string> params;
+  std::vector<std::pair<int64_t, int64_t>> params;  // where each begins, its bytes
   std::map<std::string, int> rows;
   std::vector<std::pair<int, uint64_t>> constants;  // row, bits
   std::vector<std::pair<int, std::string>> specials;
   std::map<std::string, std::vector<unsigned char>> globals;
   bool products = false;  // wgmma
   int count = 0, local = 0;  // rows; bytes of local memory a lane
+  int64_t shared = 0, param_bytes = 0;  // bytes of shared memory that have a place beside what a launch asks for
 };
 
 struct Launch {
-  uint32_t grid[3], threads, shared_bytes;
-  std::vector<uint64_t> args;
+  uint32_t grid[3], cluster, threads, shared_bytes;
+  std::vector<unsigned char> args;
   std::vector<std::pair<uint64_t, uint64_t>> allowed;  // [from, to), sorted
   bool eager, copies_fenced;
   std::mt19937 random;
@@ -64,10 +66,31 @@ struct Launch {
   uint64_t instructions = 0, requests = 0, sectors = 0, bytes = 0, shared = 0, wavefronts = 0;  // of warps; see memory.h
 };
 
+// Bytes that TMA is to bring: into one block, announced to its mbarrier
+struct Arrival {
+  struct Block* block;
+  uint32_t to, barrier;
+  std::vector<unsigned char> bytes;
+};
+
+struct Cluster {
+  std::vector<struct Block*> blocks;
+  std::vector<Arrival> arrivals;
+  int warps = 0, arrived = 0, turns = 0;  // of its barrier
+  bool moved = false;                     // since somebody last waited
+};
+
+struct Mbarrier {
+  int64_t expected, pending, bytes = 0;
+  uint32_t phase = 0;
+};
+
 struct Block {
   Launch& launch;
-  uint32_t id[3];
+  Cluster& cluster;
+  uint32_t id[3], rank;
   Shared shared;
+  std::map<uint32_t, Mbarrier> barriers{};
 };
 
 struct Copy {
@@ -84,7 +107,7 @@ struct Product {
 
 struct Held {
   int accumulating = 0, multiplied = 0;  // products under way that hold this row
-  int written = -1;                      // wgmma.fences before it was written
+  int written = -1, read = -1;           // wgmma.fences before it was last written, read
 };
 
 struct Warp {
@@ -98,6 +121,9 @@ struct Warp {
   Mask alive = kAll;
   bool diverged = false;
   int barrier = -1;
+  const Instruction* met = nullptr;  // there
+  bool waits = false;  // at an mbarrier, or for its cluster
+  int turn = 0;        // of the cluster's barrier, that it arrived at
   std::vector<Copy> open{};
   std::deque<std::vector<Copy>> groups{};
   std::vector<Product> products{};

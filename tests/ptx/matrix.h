@@ -134,8 +134,11 @@ inline void hold(Warp& w, const Product& x, int by) {
 inline void wgmma(Warp& w, const Instruction& i, Mask m) {
   w.all_here(m, "wgmma");
   const Product x{&i, w.row(i.from[0])[0], w.row(i.from[i.many])[0], bool(w.row(i.from[i.many + 1])[0] & 1)};
-  for (int r : i.to)
+  if (!w.fences) fail("wgmma before any wgmma.fence");
+  for (int r : i.to) {
     if (x.more && w.held[r].written == w.fences) fail("wgmma adds to a register that was written after wgmma.fence");
+    if (w.held[r].read == w.fences) fail("wgmma writes a register that was read after wgmma.fence");
+  }
   for (int k = 0; i.many == 4 && k < 4; ++k)
     if (w.held[i.from[k]].written == w.fences) fail("wgmma reads a register that was written after wgmma.fence");
   hold(w, x, 1), w.products.push_back(x);

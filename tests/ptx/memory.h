@@ -52,7 +52,7 @@ template <Space S> unsigned char* place(Warp& w, uint64_t address, int bytes, in
   unsigned char* all = w.local.data();
   if constexpr (S == Space::kParam) {
     auto& args = w.block.launch.args;
-    size = args.size() * 8, first = 0, all = reinterpret_cast<unsigned char*>(args.data());
+    size = args.size(), first = 0, all = args.data();
   }
   if (address > size || uint64_t(bytes) > size - address || address % bytes)
     fail((S == Space::kLocal ? "local memory at " : "parameters at ") + std::to_string(address) + " of " + std::to_string(size) + " bytes");
@@ -100,6 +100,17 @@ inline void atomic_add(Warp& w, const Instruction& i, Mask m) {
     unsigned char* at = w.global(w.row(i.from[0])[l] + i.offset, i.size, i.size);
     const uint64_t old = value(at, i.size, false), sum = old + w.row(i.from[1])[l];
     std::memcpy(at, &sum, i.size);
+    w.row(i.to[0])[l] = old;
+  });
+}
+
+inline void atomic_shared(Warp& w, const Instruction& i, Mask m) {
+  lanes(m, [&](int l) {
+    const uint64_t address = w.row(i.from[0])[l] + i.offset;
+    w.block.shared.known(address, 4);
+    unsigned char* at = w.block.shared.plain(address, 4, 4);
+    const uint32_t old = uint32_t(value(at, 4, false)), sum = old + uint32_t(w.row(i.from[1])[l]);
+    std::memcpy(at, &sum, 4);
     w.row(i.to[0])[l] = old;
   });
 }

@@ -54,20 +54,25 @@ struct Args : std::vector<std::string> {
 
 class Parser {
  public:
-  Program read(const std::string& text) {
+  // The kernel `entry`, or the first
+  Program read(const std::string& text, const std::string& entry = "") {
     std::istringstream lines(text);
     std::string line, head;
     bool inside = false, ended = false;
     while (std::getline(lines, line)) {
       if (!inside) {
         module_line(trim(line), head, inside);
+        if (inside && !entry.empty() && p.name != entry) {  // another kernel
+          while (std::getline(lines, line) && line != "}") {}
+          inside = false, head.clear(), params.clear(), p.params.clear(), p.param_bytes = 0;
+        }
         continue;
       }
       const auto comment = line.find("//");
       const std::string code = trim(line.substr(0, comment));
       if (starts(code, ".loc\t")) {
         if (comment != std::string::npos) p.places.push_back(trim(line.substr(comment + 2)));
-      } else if (code == "}" && pending.empty() && !scopes) {
+      } else if (code == "}" && pending.empty() && scopes.size() == 1) {
         ended = true;
         break;
       } else {
@@ -75,41 +80,82 @@ class Parser {
       }
     }
     if (!ended || p.code.empty()) fail("no kernel, or one without an end");
-    for (auto& [at, label] : branches) {
-      if (!labels.count(label)) fail("no label " + label);
-      p.code[at].offset = labels[label];
+    for (auto& b : branches) {
+      auto found = labels.end();
+      for (auto scope = b.scopes.rbegin(); scope != b.scopes.rend() && found == labels.end(); ++scope) found = labels.find({*scope, b.label});
+      if (found == labels.end()) fail("no label " + b.label);
+      p.code[b.at].offset = found->second;
     }
+    p.shared = (p.shared + 127) / 128 * 128;
+    for (auto& name : dynamic)  // behind what has a place of its own
+      if (p.rows.count(name)) p.constants.push_back({p.rows[name], kSharedBase + uint64_t(p.shared)});
     return std::move(p);
   }
 
  private:
   Program p;
   std::string pending;
-  int scopes = 0;
-  std::map<std::string, int> labels;
-  std::vector<std::pair<size_t, std::string>> branches;
-  std::map<std::string, int64_t> depots, params;
+  struct Branch {
+    size_t at;
+    std::string label;
+    std::vector<int> scopes;
+  };
+  std::vector<int> scopes{0};  // of inline assembly, whose labels are its own
+  int begun = 0;
+  std::map<std::pair<int, std::string>, int> labels;
+  std::vector<Branch> branches;
+  std::map<std::string, int64_t> depots, params, statics;
+  std::set<std::string> dynamic{"global_smem"};
+  std::map<std::string, int64_t> beside;  // shared variables of the module: bytes
   std::map<std::string, int64_t> declared;  // %r: how many
   std::set<std::string> named, predicates;
   const Table known = arithmetic();
 
+  // ".shared .align 8 .b8 name[64];", ".param .u32 name,": the name, and how many bytes
+  static std::pair<std::string, int64_t> variable(std::string line) {
+    while (!line.empty() && (line.back() == ';' || line.back() == ',')) line.pop_back();
+    const auto bracket = line.find('[');
+    std::string head = trim(line.substr(0, bracket));
+    int64_t each = 0;
+    std::istringstream words(head);
+    std::string name;
+    while (words >> name)  // the type is a dot, a letter, its bits
+      if (name.size() < 5 && name[0] == '.' && std::string("busf").find(name[1]) != std::string::npos && isdigit(name[2])) each = number(name.substr(2), 10) / 8;
+    if (!each) fail("variable: " + line);
+    const int64_t many = bracket == std::string::npos ? 1 : bracket + 2 == line.size() ? 0 : number(line.substr(bracket + 1, line.find(']') - bracket - 1));
+    return {name, each * many};
+  }
+  int64_t shared_place(int64_t bytes) {
+    const int64_t at = (p.shared + 127) / 128 * 128;
+    p.shared = at + bytes;
+    return at;
+  }
+
   void module_line(const std::string& line, std::string& head, bool& inside) {
-    if (starts(line, ".global") || starts(line, ".const") || starts(line, ".visible .global")) {
+    if (starts(line, ".extern .shared")) {
+      dynamic.insert(variable(line).first);
+    } else if (starts(line, ".shared")) {
+      beside.insert(variable(line));
+    } else if (starts(line, ".global") || starts(line, ".const") || starts(line, ".visible .global")) {
       const auto bracket = line.find('['), open = line.find('{');
-      if (bracket == std::string::npos || open == std::string::npos || line.find(".b8") == std::string::npos) fail("module variable: " + line);
+      if (bracket == std::string::npos || line.find(".b8") == std::string::npos) fail("module variable: " + line);
       auto& bytes = p.globals[trim(line.substr(line.rfind(' ', bracket) + 1, bracket - line.rfind(' ', bracket) - 1))];
-      for (auto& x : split(line.substr(open + 1, line.find('}') - open - 1), ',')) bytes.push_back((unsigned char)number(x));
+      if (open != std::string::npos)
+        for (auto& x : split(line.substr(open + 1, line.find('}') - open - 1), ',')) bytes.push_back((unsigned char)number(x));
       const int64_t size = number(line.substr(bracket + 1, line.find(']', bracket) - bracket - 1));
       if (size < int64_t(bytes.size()) || size > 1 << 20) fail("module variable: " + line);
       bytes.resize(size);  // the rest is zero
-    } else if (starts(line, ".visible .entry")) {
-      head = line, p.name = trim(line.substr(15, line.find('(') - 15));
+    } else if (starts(line, ".visible .entry") || starts(line, ".entry") || starts(line, ".weak .entry")) {
+      const auto from = line.find(".entry") + 6;
+      head = line, p.name = trim(line.substr(from, line.find('(') - from));
     } else if (!head.empty()) {
       if (starts(line, ".param")) {
-        std::string name = line.substr(line.rfind(' ') + 1);
-        name.erase(std::remove(name.begin(), name.end(), ','), name.end());
-        params[name] = int64_t(p.params.size()) * 8;
-        p.params.push_back(name);
+        const auto [name, bytes] = variable(line);
+        const auto align = line.find('[') == std::string::npos ? std::string::npos : line.find(".align");
+        const int64_t whole = align == std::string::npos ? bytes : number(trim(line.substr(align + 7, line.find(' ', align + 7) - align - 7)), 10);
+        p.param_bytes = (p.param_bytes + whole - 1) / whole * whole;
+        params[name] = p.param_bytes;
+        p.params.push_back({p.param_bytes, bytes}), p.param_bytes += bytes;
       }
       inside = line == "{";
     }
@@ -121,10 +167,13 @@ class Parser {
       const std::string so_far = trim(pending);
       if (c == ';') {
         statement(so_far), pending.clear();
-      } else if (c == ':' && starts(so_far, "$") && so_far.find_first_of(" [") == std::string::npos) {
-        labels[so_far] = int(p.code.size()), pending.clear();
-      } else if ((c == '{' && so_far.empty()) || (c == '}' && so_far.empty())) {  // a scope of inline assembly
-        scopes += c == '{' ? 1 : -1;
+      } else if (c == ':' && !so_far.empty() && so_far.find_first_of(" \t[.@") == std::string::npos) {
+        if (!labels.insert({{scopes.back(), so_far}, int(p.code.size())}).second) fail("two labels " + so_far);
+        pending.clear();
+      } else if (c == '{' && so_far.empty()) {  // a scope of inline assembly
+        scopes.push_back(++begun);
+      } else if (c == '}' && so_far.empty()) {
+        scopes.pop_back();
       } else {
         pending += c == '\n' ? ' ' : c;
       }
@@ -154,7 +203,7 @@ class Parser {
     for (const char* of : {"%tid", "%ntid", "%ctaid", "%nctaid"})
       for (const char* axis : {".x", ".y", ".z"})
         if (s == std::string(of) + axis) return true;
-    return s == "%laneid";
+    return s == "%laneid" || s == "%lanemask_le" || s == "%cluster_ctarank" || s == "%cluster_nctarank";
   }
 
   int operand(const std::string& s) {
@@ -169,7 +218,9 @@ class Parser {
       return constant(uint64_t(number(s.substr(2), 16)));
     }
     if (isdigit(s[0]) || s[0] == '-') return constant(uint64_t(number(s)));
-    if (s == "global_smem") return constant(kSharedBase);
+    if (dynamic.count(s)) return row(s);
+    if (auto of = beside.find(s); of != beside.end() && !statics.count(s)) statics[s] = shared_place(of->second);
+    if (statics.count(s)) return constant(kSharedBase + uint64_t(statics[s]));
     if (depots.count(s)) return constant(uint64_t(depots[s]));
     if (params.count(s)) return constant(uint64_t(params[s]));
     if (auto g = p.globals.find(s); g != p.globals.end()) return constant(reinterpret_cast<uint64_t>(g->second.data()));
@@ -202,7 +253,10 @@ class Parser {
   void declare(const std::string& s) {  // .reg .b32 %r<42>, or names; .local .align 4 .b8 __local_depot0[28]
     const auto space = s.find_last_of(" \t"), bracket = s.find('['), angle = s.find('<');
     if (space == std::string::npos) fail("declaration: " + s);
-    if (starts(s, ".local")) {
+    if (starts(s, ".shared")) {
+      const auto [name, bytes] = variable(s);
+      statics[name] = shared_place(bytes);
+    } else if (starts(s, ".local")) {
       const int64_t bytes = bracket == std::string::npos ? -1 : number(s.substr(bracket + 1, s.size() - bracket - 2));
       if (bytes < 0 || bytes > 512 * 1024) fail("declaration: " + s);  // what a thread may have
       p.local = (p.local + 15) / 16 * 16;
@@ -216,7 +270,7 @@ class Parser {
   }
 
   void statement(std::string s) {
-    if (starts(s, ".reg") || starts(s, ".local")) return declare(s);
+    if (starts(s, ".reg") || starts(s, ".local") || starts(s, ".shared")) return declare(s);
     if (s.empty() || starts(s, ".pragma")) return;
     Instruction i;
     if (s[0] == '@') {

@@ -2,6 +2,7 @@
 // and one writes is a race, whatever order they ran in.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -47,6 +48,18 @@ class Shared {
       writer[k] = w >= epoch && w != mine ? epoch | kMany : mine, fences[k] = fenced ? 0 : fence_count;
     }
     std::memcpy(bytes.data() + first, from, size);
+  }
+
+  // TMA's, or an atomic's: those who read it have waited for that
+  unsigned char* plain(uint64_t address, uint32_t size, uint32_t aligned) {
+    const uint32_t first = at(address, aligned);
+    at(address + size - aligned, aligned);
+    std::fill_n(writer.begin() + first, size, 1u), std::fill_n(reader.begin() + first, size, 0u), std::fill_n(fences.begin() + first, size, 0u);
+    return bytes.data() + first;
+  }
+  void known(uint64_t address, uint32_t size) const {
+    for (uint32_t k = at(address, size), end = k + size; k < end; ++k)
+      if (!writer[k]) fail(place(k) + ", which nothing has written");
   }
 
   uint32_t at(uint64_t address, uint32_t size) const {

@@ -174,7 +174,7 @@ def test_faults_are_seen(body, message):
     "min.xorsign.abs.f32 %r5, %r6, %r7;",
     "atom.global.add.f32 %r5, [%rd1], %r6;", "atom.global.gpu.acq_rel.cas.b32 %r5, [%rd1], %r6, %r7;", "red.global.add.u32 [%rd1], %r6;",
     "ld.global.b128 %rd9, [%rd1];", "ld.global.L2::cache_hint.b32 %r5, [%rd1], %rd9;", "ld.global.unified.b32 %r5, [%rd1];",
-    "ld.b32 %r5, [%rd1];", "mov.b64 {%r5, %r6}, {%r7, %r8};", "mov.u32 %r5, %smid;", "mov.u32 %r5, %clock;", "mov.u32 %r5, %r99;",
+    "ld.v8.b32 %r5, [%rd1];", "mov.b64 {%r5, %r6}, {%r7, %r8};", "mov.u32 %r5, %smid;", "mov.u32 %r5, %clock;", "mov.u32 %r5, %r99;",
     "mov.b32 %r5, 1.5;", "mov.b32 %r5, 0b11;", "mov.b32 %r5, 0f3F80;", "add.s32 5, %r6, %r7;",
     "add.s32 %r5, %r6;", "add.s32 %r5, %r6, !%p1;",
     "ld.global.b32 %r5, [%rd1-4];", "shfl.sync.turn.b32 %r5, %r6, 1, 31, -1;", "shfl.sync.bfly.b32 %r5, %r6, 1, 31;",
@@ -190,7 +190,7 @@ def test_faults_are_seen(body, message):
     "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd8, %rd9, 1, -1, 1, 0, 0;",
     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd8, %rd9, 1, 1, 1, 0, 0;",
     "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1, %r2, %r3, %r4}, %rd8, %rd9, 1, 1, 1, 0, 1;",
-    "@%p1 bar.sync 0;", ".shared .b8 more[16];",
+    "@%p1 bar.sync 0;", ".const .b8 more[16];",
 ])  # fmt: skip
 def test_what_is_not_known_is_refused(body):
     name = re.escape(body.removeprefix("@%p1 ").split(";")[0])
@@ -198,7 +198,7 @@ def test_what_is_not_known_is_refused(body):
         gpu.Program(f"{HEAD}{body}\nret;\n}}\n")
 
 
-@pytest.mark.parametrize("text", ["", "ret;", HEAD, HEAD + "ret;", HEAD.replace("probe_param_1\n", "probe_param_1[4]\n") + "ret;\n}"])
+@pytest.mark.parametrize("text", ["", "ret;", HEAD, HEAD + "ret;", HEAD.replace(".u64 probe_param_1", "probe_param_1") + "ret;\n}"])
 def test_a_text_that_ends_early_is_refused(text):
     with pytest.raises(RuntimeError):
         gpu.Program(text)
@@ -267,8 +267,9 @@ ONES = """
     ("fence.proxy.async.shared::cta;\n\tbar.sync 0;", "bar.sync 0;\n\tfence.proxy.async.shared::cta;", None),
     ("fence.proxy.async.shared::cta;", "", "no fence.proxy.async came between"),
     ("bar.sync 0;", "", "nothing has written|no barrier since"),
-    ("wgmma.fence.sync.aligned;", "", "wgmma adds to a register that was written after wgmma.fence"),
-    ("mov.b32 %r11, %r8;\n\twgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned;\n\tmov.b32 %r11, %r8;", "written after wgmma.fence"),
+    ("wgmma.fence.sync.aligned;", "", "wgmma before any wgmma.fence"),
+    ("mov.b32 %r11, %r8;\n\twgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned;\n\tmov.b32 %r11, 0f40A00000;", "was written after"),
+    ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned;\n\tmov.b32 %r12, %r11;", "was read after wgmma.fence"),
     ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned;\n\tmov.b32 %r6, %r6;", "wgmma reads a register that was written"),
     ("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", "is read before wgmma.wait_group"),
     ("wgmma.wait_group.sync.aligned 0;", "", "is read before wgmma.wait_group"),
