@@ -20,6 +20,7 @@ SOURCES = ("host_step", "host_sample_loss", "host_w2", "project", "gram", "compi
         ("sm_90a", "not test_large"),
         pytest.param("sm_90a", "test_large", marks=pytest.mark.slow),
         pytest.param("sm_80", "", marks=pytest.mark.slow),
+        pytest.param("sm_100", "", marks=pytest.mark.slow),
     ],
 )
 def test_the_tests_of_the_emulator_pass(target, which):

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from build import CUDA, FLAGS, HERE, _cache
 
-COMPILED = os.environ.get("EF_CUDA_COMPILED")  # "sm_80", "sm_90a": what nvcc makes of the sources (tests/ptx), in the emulator's place
+# "sm_80", "sm_90a", "sm_100": what nvcc makes of the sources for it (tests/ptx), in the emulator's place
+COMPILED = os.environ.get("EF_CUDA_COMPILED") or None
 if COMPILED:
     sys.path.insert(0, str(HERE.parent / "ptx"))
     import nvcc

@@ -3,7 +3,8 @@ import torch
 
 from entangle_fast import reference
 
-PAIRS = [(1, 1), (2, 2), (129, 129), (151, 372), (372, 151), (1, 7), (7, 1), (1000, 999)]
+# the last: several tiles of the sort
+PAIRS = [(1, 1), (2, 2), (129, 129), (151, 372), (372, 151), (1, 7), (7, 1), (1000, 999), (20011, 9001)]
 
 
 @pytest.mark.parametrize("n, m", PAIRS)

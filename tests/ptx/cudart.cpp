@@ -96,7 +96,7 @@ const char* cuda_host_error() { return error.c_str(); }
 const char* cuda_host_visited() { return ""; }
 const char* cuda_host_launches() { return launches.c_str(); }
 int cuda_host_largest_cluster() { return largest; }
-// capability: 80 or 90; kernels are looked for in the modules of PTX that come after this call
+// capability: 80, 90 or 100; kernels are looked for in the modules of PTX that come after this call
 void cuda_host_device(int capability_) {
   capability = capability_, modules.clear();
   for (auto& [host, kernel] : kernels) kernel.program = nullptr;

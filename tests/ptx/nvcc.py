@@ -79,6 +79,6 @@ def _build(part: Path, target: str) -> None:
 
 def begin(control: ctypes.CDLL, target: str, change=lambda name, text: text) -> None:
     """The library of ``target`` gets its kernels; change(name of the source, PTX) → PTX."""
-    control.cuda_host_device(int(target.removeprefix("sm_")[:2]))
+    control.cuda_host_device(int(target.removeprefix("sm_").rstrip("a")))
     for f in sorted(library(target).parent.glob("*.ptx")):
         control.cuda_host_module(change(f.stem, f.read_text()).encode())
