@@ -53,6 +53,15 @@ def test_infinite_values_and_nan_are_no_mixture():
     agree(simple(Via(forward, w=nn.Parameter(torch.tensor(1.5))), 5, 6, options={"strict": False}))
 
 
+@pytest.mark.parametrize("size, dtype", [(1, torch.float64), (6e4, torch.float16), (1e20, torch.float32), (1e-30, torch.float32)])
+def test_a_mixture_of_samples_of_any_size(size, dtype):
+    """conv_tbc passes over its first dimension, where the samples stand here; squares of such values are infinite or zero."""
+    model = Via(lambda s, x: torch.conv_tbc(x, s.w, s.b, 1), w=weight(3, 6, 6), b=nn.Parameter(torch.zeros(6))).to(dtype)
+    x = (size * torch.rand(N, 50, 6, dtype=torch.float64) / 12).to(dtype)
+    with pytest.raises(ef.CaptureError, match="conv_tbc: it gives other values for the batch"), ef.capture(model, strict=False):
+        model(x)
+
+
 SAME = lambda s, x: x[:, 0, :2] @ s.m(torch.arange(4).view(2, 2))  # noqa: E731  the same bags for every sample
 REFUSED = {
     "scale_grad_by_freq": (bag("mean", scale_grad_by_freq=True), lambda s, x: s.m(ids(x)), "max_norm and scale_grad_by_freq make an"),
