@@ -107,7 +107,7 @@ def _weight_first(recorder, w: Tensor, x: Tensor) -> Tensor:
         row = w.unsqueeze(0)
         recorder.sources.derive(Tensor.unsqueeze, [w], row)
         return linear_with(recorder, x.mT, row, None, replace(layout, axis=axis)).squeeze(-1)
-    return linear_with(recorder, x.mT, w, None, replace(layout, axis=axis)).mT
+    return linear_with(recorder, x.mT, w, None, replace(layout, axis=axis)).mT.contiguous()  # as matmul's own, of which views are taken
 
 
 def addmm(recorder, func, args, kwargs):
