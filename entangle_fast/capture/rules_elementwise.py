@@ -119,9 +119,11 @@ def repeat_over_batch(recorder, func, args, kwargs):
         return NotImplemented
     others = [s for d, s in enumerate(full) if d != axis]
     shape = [s for d, s in enumerate(out.shape) if d != axis]
-    if name in ("repeat", "tile", "repeat_interleave") and others != shape:
+    owned = name in ("repeat", "tile", "repeat_interleave")  # memory of its own, to be viewed and written to
+    if owned and others != shape:
         return NotImplemented  # repeated along other dimensions too
     rows = per_sample_copy(recorder, p).reshape(recorder.n, *others).expand(recorder.n, *shape).movedim(0, axis)
+    rows = rows.clone(memory_format=torch.contiguous_format) if owned else rows
     recorder.places.put(rows, Place(axis))
     return rows
 

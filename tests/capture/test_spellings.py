@@ -33,6 +33,8 @@ EXACT = {
         [torch.mm(mat2=s.w, input=x[:, 0]), x[:, 1].mm(mat2=s.w), torch.matmul(x, other=s.w)[:, 2], x[:, 3].mv(vec=s.v)[:, None],
          torch.mv(input=x[:, 4], vec=s.v)[:, None], torch.mm(input=s.w, mat2=x[:, 0].T).T], 1)),
     "weight first, samples last": (dict(w=weight(3, 6)), lambda s, x: (s.w @ x.permute(1, 2, 0)).permute(2, 0, 1)),
+    "repeat, a view of it": (dict(p=weight(5, 6)), lambda s, x: s.p.repeat(len(x), 1, 1).view(len(x) * 5, 6).view_as(x) * x),
+    "repeat, written to": (dict(p=weight(5, 6)), lambda s, x: s.p.repeat(len(x), 1, 1).add_(x).mul_(x)),
     "weight first, a view of it": (dict(w=weight(4, 6)), lambda s, x: (s.w @ x.mT).view(len(x), 20)),
     "addmm": (dict(w=weight(6, 3), b=weight(3)), lambda s, x: torch.addmm(s.b, x[:, 0], s.w, beta=2, alpha=3)),
     "addmv": (dict(w=weight(6), b=weight(1)), lambda s, x: torch.addmv(s.b, x[:, 0], s.w, alpha=2)[:, None]),
