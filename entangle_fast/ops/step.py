@@ -2,7 +2,8 @@
 
 A step that writes runs as under torch.no_grad(), on every backend, and counts in the version of each tensor it changed: a
 backward that had saved one raises. Before anything is changed, ValueError is raised for what cannot be stepped: lists that do
-not fit each other, no tensor, integers, and written tensors that share memory, since an update would be lost.
+not fit each other, no tensor, integers, and written tensors that share memory, since an update would be lost; of a look-ahead
+gradients too that share it with a parameter.
 """
 
 from __future__ import annotations
@@ -71,6 +72,28 @@ def apart(**written: Tensors | None) -> None:
         last = row
         if dense and start + x.nbytes > end:
             full, end = row, start + x.nbytes
+
+
+def _unmoved(params: Tensors, grads: Tensors) -> None:
+    """The undo reads the gradients again: none may stand where a parameter does, and move with it."""
+    if torch.compiler.is_compiling() or hasattr(params[0], "fake_mode"):
+        return  # a traced tensor has no memory
+    storages = {p.untyped_storage().data_ptr() for p in params} - {0}
+    for i, g in enumerate(grads):
+        if g.untyped_storage().data_ptr() not in storages:
+            continue
+        first, last = _span(g)
+        for j, p in enumerate(params):
+            start, end = _span(p)
+            if start < last and first < end:
+                raise ValueError(f"grads[{i}]: shares memory with params[{j}], so that it would change with it, and the undo miss; give "
+                                 "a .clone()")  # fmt: skip
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Where its memory begins and ends."""
+    elements = 1 + sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape)) if x.numel() else 0
+    return x.data_ptr(), x.data_ptr() + elements * x.element_size()
 
 
 def capturing(device: torch.device) -> bool:
@@ -251,6 +274,7 @@ def step_lookahead(
         raise RuntimeError("capacity: got None under a CUDA graph capture, where the host cannot wait for the size of index; needs an "
                            "int >= 0, such as 4096")  # fmt: skip
     apart(params=params)
+    _unmoved(params, grads)
     with _writing(params):
         return call("step_lookahead", list(params), list(grads), alpha, capacity)
 

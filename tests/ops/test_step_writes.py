@@ -110,6 +110,26 @@ def test_lists_that_share_memory_are_refused():
         ops.step_adamw(p[:1], v[:1], v[:1], [r(3)], [], NONE, torch.tensor(1), lr=0.1)
 
 
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_a_lookahead_along_the_parameters_themselves_is_refused(capacity):
+    """Its undo would read gradients that have moved."""
+    p, q, flat = r(3), r(4, 4), r(20)
+    for params, grads, i, j in (([q, p], [r(4, 4), p], 1, 1), ([p, q], [r(3), q.t()], 1, 1), ([p, flat[4:8]], [flat[5:8], r(4)], 0, 1)):
+        before = [x.clone() for x in params]
+        with pytest.raises(ValueError, match=rf"^grads\[{i}\]: shares memory with params\[{j}\].*clone"):
+            ops.step_lookahead(params, grads, 0.1, capacity)
+        assert all(map(torch.equal, params, before)) and not any(x._version for x in params)
+
+
+def test_gradients_beside_the_parameters_serve_a_lookahead(backend):
+    flat = r(20)
+    params, grads, before = [flat[:5], flat[9:12], r(0)], [flat[5:9].sum().expand(5), flat[12:15], r(0)], flat.clone()
+    residue = ops.step_lookahead(params, grads, 0.1)
+    assert not torch.equal(flat, before) and torch.equal(flat[12:], before[12:])
+    ops.step_lookahead_undo(params, grads, residue, 0.1)
+    assert torch.equal(flat, before)
+
+
 def test_what_shares_no_element_is_stepped(backend):
     flat, matrix = torch.zeros(20), torch.zeros(4, 6)
     params = [flat[:5], flat[5:20].view(3, 5).t(), matrix[:, :2], matrix[:, 2:], r(0), r(0), r(2, 0, 3), r(3, 2).t()[:, None]]
