@@ -30,13 +30,15 @@ class Attackers:
     Args:
         model: called in the mode it is in; parameters that are not named, and buffers, are the model's own.
         optimizer: a function of a list of tensors → torch.optim.Optimizer, elementwise (so that stacking changes nothing).
+            It moves tensors of float32 at least, which the model meets in its own dtype: 16 bits would lose short steps.
         vmapped: one vmapped call over stacked copies, or a loop of calls.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], count: int, optimizer, vmapped: bool):
         own = dict(model.named_parameters())
         self.model, self.count, self.vmapped = model, count, vmapped
-        self.start = {n: own[n].detach() for n in names}
+        self.dtypes = {n: own[n].dtype for n in names}
+        self.start = {n: own[n].detach().to(torch.promote_types(own[n].dtype, torch.float32)) for n in names}
         if vmapped:
             self.copies = [{n: p.expand(count, *p.shape).clone() for n, p in self.start.items()}]
         else:  # clone keeps channels_last, which a stack would lose
@@ -98,7 +100,7 @@ class Attackers:
         return torch.stack(apart).double().norm(dim=1).cpu()
 
     def _logits(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        logits = functional_call(self.model, parameters, (x,))
+        logits = functional_call(self.model, {n: p.to(self.dtypes[n]) for n, p in parameters.items()}, (x,))
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def _loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

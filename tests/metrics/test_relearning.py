@@ -121,6 +121,20 @@ def test_a_step_is_the_optimiser_s(pair, attacker):
     assert r.weight_path.item() == pytest.approx(path, rel=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attacker", LR)
+@pytest.mark.parametrize("batched", ["loop", "vmap"])
+def test_attacks_on_16_bit_models_go_as_far(pair, attacker, dtype, batched):
+    """At the default rates a step of SGD is shorter than 16 bits can tell, and Adam's eps is 0 in float16. What stays is the
+    gradients' own rounding, of which Adam makes steps as long as others: 0.12 of the path."""
+    models = [copy.deepcopy(m).to(dtype) for m in pair]
+    near, far = (
+        relearn(*(m.to(to) for m in models), sets(to)["forget"], retain=sets(to)["remote"], attacker=attacker, batched=batched, **QUICK)
+        for to in (dtype, D64)
+    )
+    torch.testing.assert_close(near.weight_path, far.weight_path, rtol=0.15, atol=0)
+
+
 def test_the_prototype_attack_moves_the_forget_row_alone(pair):
     r = attacked(pair, "prototype", shots=3, seeds=(2,), steps=4)
     model, (x, y) = copy.deepcopy(pair[0]), sets(D64)["forget"]
