@@ -29,7 +29,7 @@ from ..capture import capture
 from ..optim import ProjectedMomentum
 from .process import Process, shorten
 from .propositions import first_order, forget_bound
-from .training import in_mode, sent
+from .training import in_mode, refuse_zero_eps, sent
 
 
 @dataclass
@@ -107,6 +107,8 @@ class Entangled:
 class EntangledProcess(Process):
     def __init__(self, config, model, data, loss, seed):
         super().__init__(config, model, data, loss, seed)
+        if config.epochs1:
+            refuse_zero_eps(self.params)
         self.multiplier = torch.zeros((), device=self.params[0].device)
         self.adam = torch.optim.Adam(self.params, lr=config.lr1, foreach=True)
         self.sgd: ProjectedMomentum | None = None

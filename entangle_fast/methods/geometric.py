@@ -25,6 +25,7 @@ import torch
 from .. import ops
 from .orthograd import JointBatch, share_in_unit_interval, two_at_least
 from .sgd import SgdOptions, positive
+from .training import refuse_zero_eps
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Geometric(SgdOptions):
 class _Geometric(JointBatch):
     def __init__(self, config, model, data, loss, seed):
         super().__init__(config, model, data, loss, seed)
+        refuse_zero_eps(self.params, config.eps)
         self.second = [torch.zeros_like(p, requires_grad=False) for p in self.params]  # Adam's v
 
     def direction(self, k, row):

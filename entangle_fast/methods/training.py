@@ -58,6 +58,14 @@ def batch_order(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
+def refuse_zero_eps(parameters, eps=1e-8):
+    """Raise ValueError where Adam's eps is 0 in a parameter's dtype: it would divide by zero, and leave NaN in the weights."""
+    for dtype in {p.dtype for p in parameters}:
+        if torch.tensor(eps, dtype=dtype) == 0:
+            raise ValueError(f"model: its parameters are {dtype}, in which Adam's eps of {eps} is 0; needs a wider range: model.float() "
+                             "or model.bfloat16()")
+
+
 def learning_rate(step, total, peak, warmup=0.1):
     """One cycle: linear up to `peak` over the first `warmup` share of `total` steps, then a cosine towards 0."""
     rising = max(1, round(total * warmup))
@@ -141,4 +149,6 @@ def _check(model, x, y, epochs, lr, batch_size, seed, optimizer):
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: has no parameter that requires a gradient; call requires_grad_(True) on some")
+    if optimizer == "adam":
+        refuse_zero_eps(parameters)
     return parameters

@@ -36,6 +36,23 @@ def kept(process):
     return {k: v.clone() for k, v in both.items()}
 
 
+@pytest.mark.parametrize("name", ["entangled", "geometric", "retrain"])
+def test_adam_is_refused_where_its_eps_is_zero(name):
+    """In float16 1e-8 is: what had no gradient came out as 0/0, in a step that said nothing."""
+    model = trained().half()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="model: its parameters are torch.float16, in which Adam's eps of 1e-08 is 0; .*model.float()"):
+        methods.METHODS[name]().start(model, data(dtype=torch.float16), Spoilt(), 0).step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_float16_without_adam():
+    model = trained().half()
+    process = methods.Entangled(epochs1=0, epochs2=1).start(model, data(dtype=torch.float16), Spoilt(), 0)
+    process.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 class Broken(Spoilt):
     """Whose first call gives NaN and whose second raises."""
 
