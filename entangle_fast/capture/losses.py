@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops import check
 from .errors import CaptureError
 from .gradients import is_foreign, watch_nodes
-from .place import Lost
+from .place import Lost, Row
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -43,6 +43,8 @@ def check_losses(recorder: Recorder, losses: Tensor) -> None:
         raise ValueError("losses: an empty batch has no gradient; needs at least one sample")
     _refuse_leaks(recorder, losses)
     place = recorder.places.get(losses)
+    if isinstance(place, Row) and recorder.n > 1:
+        place = Lost(f"all of them are of sample {place.index}, which was picked")
     if isinstance(place, Lost):
         raise CaptureError(
             f"losses: they are not one per sample, in the samples' order: {place.why}; compute each sample's loss from its own "

@@ -215,6 +215,19 @@ def test_branches_that_join_parameters_differently():
     torch.testing.assert_close(tapes[1].gram(tapes[0]), h @ g.T)
 
 
+@pytest.mark.parametrize("pick", [lambda y: y[1], lambda y: y.select(0, 1), lambda y: y.unbind()[1], lambda y: y[1] * y[1].sum()])
+def test_losses_of_one_sample_alone(pick):
+    """Positions without their batch: as many of them as samples, and none of the others'."""
+    net = nn.Linear(4, 4).double()
+    with ef.capture(net) as tape:
+        losses = pick(net(torch.randn(4, 4).double()))
+    with pytest.raises(ef.CaptureError, match="losses: they are not one per sample, .*: all of them are of sample 1, which was picked"):
+        tape.backward(losses)
+    with ef.capture(net) as tape:
+        tape.backward(net(torch.randn(1, 4).double())[0][:1])  # the only sample there is
+    assert tape.gram().shape == (1, 1)
+
+
 def test_one_tensor_under_two_names():
     w = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 4, dtype=torch.float64)
