@@ -157,7 +157,7 @@ def through_vmap(recorder, func, args, kwargs):
         out = torch.func.vmap(
             lambda a, k: func(*a, **k), (tuple(d for _, d in pairs), {k: d for k, (_, d) in named.items()}), randomness="different",
         )(tuple(x for x, _ in pairs), {k: x for k, (x, _) in named.items()})  # fmt: skip
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         raise CaptureError(
             f"{what}: torch.func.vmap cannot map it over the samples ({error}); freeze its parameters with requires_grad_(False)"
         ) from error

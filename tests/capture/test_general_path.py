@@ -123,6 +123,18 @@ def test_positions_folded_into_the_samples():
         model(torch.randn(N, 5, 6).double())
 
 
+def test_a_write_to_one_sample():
+    """Of each sample's own batch of one there is no second."""
+    def forward(s, x):
+        y = x[:, 0].clone()
+        y[1, 0] = s.w[0]
+        return y
+
+    model = lively(Via(forward, w=weight(2)))
+    with pytest.raises(ef.CaptureError, match="'w': __setitem__: torch.func.vmap cannot"), ef.capture(model, strict=False):
+        model(torch.randn(N, 5, 6).double().requires_grad_())
+
+
 def test_functional_code_that_no_rule_has_met_yet():
     params = {"w": weight(2, 6, 6).detach().double().requires_grad_()}
     agree(Case(params, lambda n: {"x": torch.randn(n, 6).double()}, lambda p, b: F.bilinear(b["x"], b["x"], p["w"]).square().sum(1),
