@@ -94,8 +94,8 @@ def conv_arguments(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation,
     nd = x.dim() - 2
     spread = []
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
-        value = [value] * nd if isinstance(value, int) else list(value)
-        require(len(value) == nd and bool not in map(type, value), f"{name}: got {value}; needs {nd} integers for an input of {nd} sizes")
+        value = list(value) if isinstance(value, (tuple, list)) else [value] * nd
+        require(len(value) == nd and all(map(whole, value)), f"{name}: got {value}; needs {nd} integers for an input of {nd} sizes")
         least = 0 if name == "padding" else 1
         require(min(value) >= least, f"{name}: got {value}; needs integers >= {least}")
         spread.append(value)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,6 +48,8 @@ BAD = {
     "conv: n": (lambda: ops.gram_conv(r(4, 3, 5), r(3, 2, 3), 3), "g"),
     "conv: size": (lambda: ops.gram_conv(r(4, 3, 5), r(4, 2, 4), 3), "g"),
     "conv: kernel": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), (3, 3)), "kernel_size"),
+    "conv: a float kernel": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3.0), "kernel_size"),
+    "conv: a tensor as kernel": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), torch.tensor(3)), "kernel_size"),
     "conv: stride": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3, stride=(1, 1)), "stride"),
     "conv: groups": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3, groups=2), "groups"),
     "conv: no groups": (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 3), 3, groups=0), "groups"),
@@ -169,3 +172,8 @@ def test_a_capture_needs_a_capacity(monkeypatch):
         assert p[0]._version == 0 and ops.step_lookahead(p, g, 0.1, 7)[1].shape == (7, 2)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ops.step_lookahead([r(3)], [r(3)], 0.1)  # of the CPU nothing is captured
+
+
+def test_numpys_integers_are_kernel_sizes():
+    x, g = r(4, 3, 5), r(4, 2, 3)
+    assert torch.equal(ops.gram_conv(x, g, np.int64(3)), ops.gram_conv(x, g, 3))
