@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import CaptureError
+from .rules_elementwise import like
 from .rules_embedding import embedding, embedding_bag
 from .rules_linear import addmm
 from .rules_norm import batch_norm, instance_norm
@@ -115,8 +116,14 @@ _added = made_of(_added_product)
 
 
 def _addmm(recorder, func, args, kwargs):
+    def bind(input, mat1, *_, **__):
+        return mat1
+
     out = addmm(recorder, func, args, kwargs)
-    return _added(recorder, func, args, kwargs) if out is NotImplemented else out
+    out = _added(recorder, func, args, kwargs) if out is NotImplemented else out
+    if out is NotImplemented or out.dtype == (dtype := recorder.autocast_dtype(bind(*args, **kwargs))):
+        return out
+    return like(recorder, out, out.to(dtype))  # autocast casts what is added too
 
 
 RULES = {

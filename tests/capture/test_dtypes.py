@@ -25,3 +25,20 @@ def test_autocast_converts():
         out = layer(torch.randn(4, 8))
         tape.backward(out.float().square().sum(1))
     assert out.dtype == torch.bfloat16 and tape.gram().isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [(3,), (3, 1), (1,)])
+def test_autocast_of_addmm_casts_what_is_added(bias):
+    x, params = torch.randn(4, 8), {"w": torch.randn(3, 8, requires_grad=True), "b": torch.randn(bias, requires_grad=True)}
+
+    def forward():
+        return torch.addmm(params["b"], x, params["w"].T) if bias == (3,) else torch.addmm(params["b"], params["w"], x.T).T
+
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = forward()
+        with ef.capture(params, batch_size=4) as tape:
+            out = forward()
+            tape.backward(out.float().square().sum(1))
+    assert out.dtype == plain.dtype == torch.bfloat16
+    product = (x @ params["w"].T).abs().max().item()  # it is rounded here before anything is added
+    torch.testing.assert_close(out, plain, rtol=0.016, atol=torch.finfo(out.dtype).eps * product)
