@@ -14,8 +14,6 @@
 
 namespace ef::cuda {
 
-constexpr int kPitch = 1040;  // bytes of a row of gradient tiles: 1024 and 16 against bank conflicts
-
 template <class T> struct TileOf {
   static constexpr int O = 16, I = 16, K = sizeof(T) == 2 ? 16 : 8;
   using Kept = float;
@@ -141,6 +139,9 @@ template <class T> struct GradientTile {
     for (int e = 0; e < 4; ++e) d[e] += sum[e];
   }
 
+  struct alignas(2 * sizeof(Kept)) Two {
+    Kept x, y;
+  };
   // → row: element o·I + i
   EF_DEVICE void keep(Kept* row, int lane) const {
     const int g = lane / 4, q = lane % 4;
@@ -151,14 +152,14 @@ template <class T> struct GradientTile {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           Kept* to = row + (m * 16 + g + h * 8) * I + c * 8 + q * 2;
-          to[0] = narrow<Kept>(acc[m][c][2 * h]), to[1] = narrow<Kept>(acc[m][c][2 * h + 1]);
+          *reinterpret_cast<Two*>(to) = {narrow<Kept>(acc[m][c][2 * h]), narrow<Kept>(acc[m][c][2 * h + 1])};
         }
   }
 };
 
-// rows (samples first..first + count of s) of this weight tile, each warp every warps-th: the copy of the next
-// stage runs beside the products of this one. Ends without a barrier.
-template <class T, bool ALIGNED>
+// rows (samples first..first + count of s) of this weight tile, PITCH bytes apart, each warp every warps-th: the copy of the next
+// stage runs beside the products of this one. Ends without a barrier. PITCH: 1024 and what keeps its readers' banks apart
+template <class T, bool ALIGNED, int PITCH>
 EF_DEVICE void form_rows(const Side<T>& s, int64_t first, int count, int64_t o, int64_t d_out, int64_t i, int64_t d_in,
                          unsigned char* rows, T* stages, int warp, int warps, int lane) {
   using G = GradientTile<T>;
@@ -178,7 +179,7 @@ EF_DEVICE void form_rows(const Side<T>& s, int64_t first, int count, int64_t o, 
     fetch(q + 1);
     tile.add(stages + (q & 1) * G::STAGE, lane);
     if (++step == steps) {
-      tile.keep(reinterpret_cast<typename G::Kept*>(rows + row * kPitch), lane);
+      tile.keep(reinterpret_cast<typename G::Kept*>(rows + row * PITCH), lane);
       tile.clear();
       step = 0, row += warps;
     }

@@ -19,6 +19,7 @@
 namespace ef::cuda {
 
 constexpr int kBlock = 64, kWarps = 8;  // samples of a block; warps
+constexpr int kPitch = 1040;  // ldmatrix reads 16 bytes of eight rows at a time
 
 // total (16, 32) += rows left.. · (rows right..)ᵀ over one weight tile; a tile's sum apart, so that no float32 sum is long
 template <class T> struct Second {
@@ -84,8 +85,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gram_mma(Side<T> x, Side<T> y,
   const int64_t high = cdiv<int64_t>(d_out, G::O), tiles = high * cdiv<int64_t>(d_in, G::I);
   for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     const int64_t o = tile % high * G::O, i = tile / high * G::I;
-    form_rows<T, ALIGNED>(x, I * (int64_t)kBlock, left_count, o, d_out, i, d_in, rows_i, stages, warp, kWarps, lane);
-    if (!alone) form_rows<T, ALIGNED>(y, J * (int64_t)kBlock, right_count, o, d_out, i, d_in, rows_j, stages, warp, kWarps, lane);
+    form_rows<T, ALIGNED, kPitch>(x, I * (int64_t)kBlock, left_count, o, d_out, i, d_in, rows_i, stages, warp, kWarps, lane);
+    if (!alone) form_rows<T, ALIGNED, kPitch>(y, J * (int64_t)kBlock, right_count, o, d_out, i, d_in, rows_j, stages, warp, kWarps, lane);
     __syncthreads();  // the tiles of all samples are there
     if (!alone) Second<T>::add(ij, rows_i + row0 * kPitch, rows_j + column0 * kPitch, lane);
     if (with_i && upper) Second<T>::add(ii, rows_i + row0 * kPitch, rows_i + column0 * kPitch, lane);

@@ -18,6 +18,8 @@
 namespace ef::cuda {
 
 constexpr int kRows = 64, kWarps = 8, kProducts = 4, kDirections = kWarps * kProducts * 8;
+// bytes between rows: a half of a warp reads 32 bytes of four rows at a time, or a quarter 64 bytes of two
+template <class T> constexpr int kPitch = sizeof(typename GradientTile<T>::Kept) == 2 ? 1056 : 1088;
 
 struct Stream {
   uint64_t seed, offset;
@@ -57,7 +59,7 @@ EF_DEVICE void multiply(float (&d)[N][4][4], const unsigned char* rows, int colu
   using Kept = typename GradientTile<T>::Kept;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
-    const unsigned char *low = rows + (m * 16 + lane / 4) * kPitch + (column + lane % 4 * 4) * sizeof(Kept), *high = low + 8 * kPitch;
+    const unsigned char *low = rows + (m * 16 + lane / 4) * kPitch<T> + (column + lane % 4 * 4) * sizeof(Kept), *high = low + 8 * kPitch<T>;
     if constexpr (Right<T>::kPairs) {
       const uint2 x = *reinterpret_cast<const uint2*>(low), y = *reinterpret_cast<const uint2*>(high);
       const uint32_t left[4] = {x.x, y.x, x.y, y.y};
@@ -83,19 +85,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1) project_random(Side<T> x, int6
   using G = GradientTile<T>;
   EF_DYNAMIC_SHARED(unsigned char, rows);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  T* stages = reinterpret_cast<T*>(rows + kRows * kPitch + warp * G::WARP_BYTES);
-  uint32_t* words = reinterpret_cast<uint32_t*>(rows + kRows * kPitch + kWarps * G::WARP_BYTES);  // (warp, element of the tile)
+  T* stages = reinterpret_cast<T*>(rows + kRows * kPitch<T> + warp * G::WARP_BYTES);
+  uint32_t* words = reinterpret_cast<uint32_t*>(rows + kRows * kPitch<T> + kWarps * G::WARP_BYTES);  // (warp, element of the tile)
   const int64_t groups = cdiv<int64_t>(k, kDirections), first = blockIdx.x / groups * kRows;
   const int64_t j0 = blockIdx.x % groups * kDirections, j = j0 + warp * 32;
   const int count = (int)min(x.n - first, (int64_t)kRows);
   for (int r = count + warp; r < kRows; r += kWarps)  // rows without a sample stay zero for good
-    for (int c = lane; c < kPitch / 16; c += 32) *reinterpret_cast<uint4*>(rows + r * kPitch + c * 16) = uint4{};
+    for (int c = lane; c < kPitch<T> / 16; c += 32) *reinterpret_cast<uint4*>(rows + r * kPitch<T> + c * 16) = uint4{};
 
   float acc[kProducts][4][4] = {};
   const int64_t high = cdiv<int64_t>(d_out, G::O), tiles = high * cdiv<int64_t>(d_in, G::I), size = d_in * d_out;
   for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     const int64_t o0 = tile % high * G::O, i0 = tile / high * G::I;
-    form_rows<T, ALIGNED>(x, first, count, o0, d_out, i0, d_in, rows, stages, warp, kWarps, lane);
+    form_rows<T, ALIGNED, kPitch<T>>(x, first, count, o0, d_out, i0, d_in, rows, stages, warp, kWarps, lane);
     const int calls = gaussian ? 0 : (int)min(k - j0, (int64_t)kDirections) > 128 ? 2 * G::WIDTH : G::WIDTH;
     for (int c = threadIdx.x; c < calls; c += kWarps * 32) {
       const int block = c / G::WIDTH, e = c % G::WIDTH;
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) project_random(Side<T> x, int6
 template <class T> int launch_project(const Factors& f, int64_t d_in, int64_t d_out, int64_t k, Stream s, bool gaussian, float* partial,
                                       int64_t splits, void* stream) {
   const auto x = Side<T>::of(f);
-  const int shared = kRows * kPitch + kWarps * GradientTile<T>::WARP_BYTES + kWarps * GradientTile<T>::WIDTH * (int)sizeof(uint32_t);
+  const int shared = kRows * kPitch<T> + kWarps * GradientTile<T>::WARP_BYTES + kWarps * GradientTile<T>::WIDTH * (int)sizeof(uint32_t);
   const dim3 grid((unsigned)(cdiv<int64_t>(x.n, kRows) * cdiv<int64_t>(k, kDirections)), (unsigned)splits);
   auto go = [&](auto kernel) {
     EF_TRY(allow_shared(kernel, shared));

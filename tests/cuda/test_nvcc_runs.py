@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("host_step", "host_sample_loss", "host_w2", "project", "gram", "compiled_mutation")
+SOURCES = ("host_step", "host_sample_loss", "host_w2", "project", "gram", "compiled_mutation", "compiled_counts")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not there")

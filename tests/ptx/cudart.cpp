@@ -28,7 +28,7 @@ struct Kernel {
 };
 std::map<const void*, Kernel> kernels;  // by the host's function
 std::vector<std::string> modules;       // PTX
-std::string error, launches;
+std::string error, launches, counts;
 int capability = 90, eager = 0, largest = 0;
 std::mt19937 seeds{1};
 constexpr int kProcessors = 4;
@@ -58,6 +58,9 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, unsigned cluster
   if (ptx_launch(kernel.program, size, cluster, block.x, uint32_t(shared), args, allowed.data(), int64_t(allowed.size() / 2), seeds(), eager, 0,
                  counted))
     return refuse(ptx_error(), cudaErrorIllegalAddress);
+  counts += kernel.name;
+  for (uint64_t x : counted) counts += " " + std::to_string(x);
+  counts += "\n";
   return cudaSuccess;
 }
 
@@ -88,13 +91,14 @@ extern "C" {
 // ---- for tests
 
 void cuda_host_begin(unsigned seed, int eager_, const char*, int) {
-  seeds.seed(seed), eager = eager_, error.clear(), launches.clear(), largest = 0;
+  seeds.seed(seed), eager = eager_, error.clear(), launches.clear(), counts.clear(), largest = 0;
   ef::cuda::span_clear();
 }
 void cuda_host_allow(const void* p, int64_t bytes) { ef::cuda::span_allow(p, bytes); }
 const char* cuda_host_error() { return error.c_str(); }
 const char* cuda_host_visited() { return ""; }
 const char* cuda_host_launches() { return launches.c_str(); }
+const char* cuda_host_counts() { return counts.c_str(); }  // a line a launch: the kernel, and gpu.py's COUNTED
 int cuda_host_largest_cluster() { return largest; }
 // capability: 80, 90 or 100; kernels are looked for in the modules of PTX that come after this call
 void cuda_host_device(int capability_) {
