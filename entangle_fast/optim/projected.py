@@ -42,9 +42,14 @@ class Projected(torch.optim.Optimizer):
         self.ridge = ridge
         self.facts: dict[str, Tensor] = {}
         super().__init__(_given(params), defaults)
+        self.register_state_dict_post_hook(type(self)._for_torchs)  # the first: the user's hooks see what is saved
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"ridge": self.ridge, "facts": self.facts}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.register_state_dict_post_hook(type(self)._for_torchs)  # torch copies and pickles no hooks
 
     @abstractmethod
     def _fresh(self, params: list[Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -132,15 +137,26 @@ class Projected(torch.optim.Optimizer):
 
     # ---- the state ----
 
+    @abstractmethod
+    def _for_torchs(self, state_dict: dict) -> None:
+        """Complete what is saved, so that torch's own optimiser goes on from it too. The inner dicts of "state" are the live ones."""
+
     def _states(self, name: str, params: Iterable[Tensor] | None = None) -> list[Tensor]:
         return [self.state[p][name] for p in (self.params if params is None else params)]
+
+    @abstractmethod
+    def _refuse_alike(self, group: dict) -> None:
+        """Raise ValueError for a saved group of an optimiser whose state looks alike and that steps otherwise."""
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over what state_dict() gave, of an optimiser of parameters of the same shapes; an error before anything is changed.
 
         Options of groups come with it, as in torch; ridge, project and seed, which are of all groups, do not. That of torch.optim.SGD
         or AdamW is taken too, unless it holds what would step otherwise here: nesterov, dampening, maximize, amsgrad, or a decay that
-        is not decoupled. RAdam's and Muon's, which look alike, are refused. A parameter without state begins anew.
+        is not decoupled. RAdam's, RMSprop's and Muon's, which look alike, are refused. A parameter without state begins anew.
+
+        The other way round torch.optim.SGD and AdamW take what state_dict() gives, with these exceptions: SGD has no decoupled decay, so
+        that it fails (KeyError: 'dampening') on a group with one; AdamW passes over noise.
         """
         state_dict = copy.copy(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -170,6 +186,7 @@ class Projected(torch.optim.Optimizer):
         for group in options:
             missing = self.defaults.keys() - {"noise", "differentiable"} - group.keys()  # torch's AdamW has no noise
             checks.require(not missing, f"state_dict: a group without {' and '.join(sorted(missing))}; needs that of a like optimiser")
+            self._refuse_alike(group)
             _options(group)
             self._understood(group)
         for i, (p, state) in enumerate(zip(self.params, states)):

@@ -14,6 +14,11 @@ from ..ops import check as checks
 from ..ops.step import capturing
 from .projected import Projected, Tensors, facts
 
+_ADAMW = {
+    "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+    "decoupled_weight_decay": True,
+}  # fmt: skip
+
 
 class ProjectedAdamW(Projected):
     """AdamW whose gradient loses its part in the span of given directions before the moments see it [ours]; a torch.optim.Optimizer.
@@ -144,11 +149,19 @@ class ProjectedAdamW(Projected):
         for p in params:
             self.state[p]["step"] = count
 
-    def _matched(self, state_dict):
-        options, states = super()._matched(state_dict)
-        if not all({"noise", "amsgrad"} & group.keys() for group in state_dict["param_groups"]):  # ours; AdamW's and Adam's
+    def _for_torchs(self, state_dict):
+        for group in state_dict["param_groups"]:
+            group.update(_ADAMW | group)
+        # AdamW counts each parameter's steps in place, in float32
+        state_dict["state"] = {key: state | {"step": state["step"].float()} for key, state in state_dict["state"].items()}
+
+    def _refuse_alike(self, group):
+        if not {"noise", "amsgrad"} & group.keys():  # ours; AdamW's and Adam's
             raise ValueError("state_dict: a group without amsgrad, such as RAdam's, whose moments look alike and step otherwise; needs "
                              "that of ProjectedAdamW, AdamW or Adam")  # fmt: skip
+
+    def _matched(self, state_dict):
+        options, states = super()._matched(state_dict)
         saved: dict[int, dict[int, list[Tensor]]] = {}
         for p, state in zip(self.params, states):
             saved.setdefault(id(self.state[p]["step"]), {}).setdefault(int(state.get("step", 0)), []).append(p)

@@ -12,6 +12,8 @@ from .. import ops
 from ..ops import check as checks
 from .projected import Projected, Tensors, facts
 
+_SGD = {"dampening": 0, "nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": None}
+
 
 class ProjectedMomentum(Projected):
     """SGD whose momentum buffer is kept orthogonal to given directions (methods.md §1, stage 2); a torch.optim.Optimizer.
@@ -123,9 +125,13 @@ class ProjectedMomentum(Projected):
             self._weights = (k, carried, w)
         return self._weights[2]
 
-    def _matched(self, state_dict):
-        options, states = super()._matched(state_dict)
-        if any("ns_steps" in group for group in state_dict["param_groups"]):
-            raise ValueError("state_dict: a group with ns_steps, Muon's, whose momentum looks alike and steps otherwise; needs that of "
-                             "ProjectedMomentum or SGD")  # fmt: skip
-        return options, states
+    def _for_torchs(self, state_dict):
+        for group in state_dict["param_groups"]:
+            if not group["weight_decay"]:  # SGD would add it to the gradient
+                group.update(_SGD | group)
+
+    def _refuse_alike(self, group):
+        for name, whose in (("ns_steps", "Muon's"), ("centered", "RMSprop's")):
+            if name in group:
+                raise ValueError(f"state_dict: a group with {name}, {whose}, whose momentum looks alike and steps otherwise; needs that "
+                                 "of ProjectedMomentum or SGD")  # fmt: skip

@@ -104,6 +104,35 @@ def test_a_state_of_torchs_is_taken_over():
 
 
 @BOTH
+def test_torchs_takes_the_state_over(make):
+    own, mine, theirs, plain = pair(make)
+    stepped(own, mine, theirs, plain, 3, lambda i, k: i == 1 and k < 2)
+    for optimizer in (mine, copy.deepcopy(mine)):
+        went_on, (there, beside) = [p.clone() for p in own], copy.deepcopy((theirs, plain))
+        torchs = type(plain)([{"params": went_on[:2]}, {"params": went_on[2:]}], lr=1e-3)
+        torchs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        stepped(went_on, torchs, there, beside, 4, lambda i, k: i == 0 and k == 0)
+        torch.testing.assert_close(went_on, there, rtol=1e-6, atol=1e-9)
+
+
+def test_sgd_does_not_take_a_decoupled_decay_for_its_own():
+    mine, params = ProjectedMomentum(tensors(0), lr=0.1, weight_decay=0.1), tensors(0)
+    params[0].grad = params[0].clone()
+    plain = torch.optim.SGD(params, lr=0.1)
+    plain.load_state_dict(mine.state_dict())
+    with pytest.raises(KeyError, match="dampening"):
+        plain.step()
+
+
+@BOTH
+def test_hooks_see_what_is_saved(make):
+    mine, seen = make(tensors(0)), []
+    mine.register_state_dict_post_hook(lambda _, state: seen.append("maximize" in state["param_groups"][0]))
+    mine.state_dict()
+    assert seen == [True] and "maximize" not in mine.param_groups[0]
+
+
+@BOTH
 @pytest.mark.parametrize("schedule", [
     lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 30), lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 0.1, 4),
     lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.swa_utils.SWALR(o, 0.05)], [5]),
@@ -140,6 +169,7 @@ def test_a_state_with_different_counts_is_taken_over(waits):
     (MAKES[1], lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, maximize=True), "maximize: got True"),
     (MAKES[1], lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), "weight_decay: got 0.1 that is added"),
     (MAKES[1], lambda p: torch.optim.AdamW(p), "a group without momentum"),
+    (MAKES[1], lambda p: torch.optim.RMSprop(p, momentum=0.9), "a group with centered, RMSprop's"),
     (MAKES[0], lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad: got True"),
     (MAKES[0], lambda p: torch.optim.AdamW(p, maximize=True), "maximize: got True"),
     (MAKES[0], lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), foreach=False), "lr: got Tensor; needs a number: give .item()"),
