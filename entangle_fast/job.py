@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -88,13 +89,16 @@ def _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every)
 
 
 def refuse_used(out, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError for a folder that holds a run, unless it is said what to do with it."""
+    """Raise ValueError for what cannot be a folder, and for one that holds a run, unless it is said what to do with it."""
     if resume and overwrite:
         raise ValueError("resume, overwrite: got both; resume goes on with the run in the folder, overwrite starts anew: give one")
     if out is None:
         if resume:
             raise ValueError("resume: needs the folder out= in which the checkpoint lies")
         return
+    there = next((path for path in (Path(out), *Path(out).parents) if os.path.lexists(path)), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"out: got {out}, where {there} is a file; needs a folder, there or to be made: give another path")
     if resume or overwrite:
         return
     there = run_in(out)

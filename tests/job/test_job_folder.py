@@ -134,8 +134,10 @@ def test_a_checkpoint_cut_off(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     model = trained()
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises((storage.CheckpointError, ValueError), match="could not be written"):
-            go(model, out=out)
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link"):
+        for option in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=r"^out: got .*(file|link).* is a file; needs a folder, .*give another path"):
+                go(model, out=out, **option)
     assert same(bits(model), bits(trained())) and (tmp_path / "file").read_text() == "mine"
