@@ -13,7 +13,7 @@ from ..ops import check
 from .errors import CaptureError
 from .place import Place
 from .recorder import Recorder
-from .rules_norm import refuse_batch_statistics
+from .rules_norm import mixed_samples
 from .sources import tensors_in
 from .tape import Tape
 
@@ -114,7 +114,7 @@ def _count_samples(recorder: Recorder) -> Callable:
     def look(module, args, kwargs):
         for m in module.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.training:
-                refuse_batch_statistics(None, training=True)  # before it counts this batch in its buffers
+                raise mixed_samples(m.track_running_stats)  # before it counts this batch in its buffers
         for x in tensors_in(args, kwargs):
             if x.dim() == 0 or x in recorder.sources or recorder.places.get(x) is not None:
                 continue

@@ -57,7 +57,7 @@ class CaptureMode(TorchFunctionMode):
         if func is Tensor.register_hook:
             return func(*self._hook(*args, **kwargs))
         if func in _BATCH_NORMS:
-            rules_norm.refuse_batch_statistics(*args, **kwargs)
+            rules_norm.refuse_batch_statistics(func, args, kwargs)
         inputs = tensors_in(args, kwargs)
         watched = [x for x in inputs if x in recorder.sources]
         if not watched or not torch.is_grad_enabled():

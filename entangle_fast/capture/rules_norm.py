@@ -20,11 +20,27 @@ _NEEDS_EVAL = (
     "BatchNorm in train mode: its statistics mix the samples, so that no per-sample gradient exists; "
     "call model.eval() first, or replace it (GroupNorm)"
 )
+_NO_STATISTICS = (
+    "BatchNorm without running statistics takes those of the batch, in eval mode too: they mix the samples, so that no per-sample "
+    "gradient exists; use GroupNorm, or a BatchNorm with track_running_stats=True"
+)
 
 
-def refuse_batch_statistics(input, running_mean=None, running_var=None, weight=None, bias=None, training=False, *_, **__):
+def mixed_samples(running: bool) -> CaptureError:
+    """Of a BatchNorm that is about to take the batch's statistics, with running ones or without."""
+    return CaptureError(_NEEDS_EVAL if running else _NO_STATISTICS)
+
+
+def refuse_batch_statistics(func, args, kwargs):
+    def bind(input, running_mean=None, running_var=None, weight=None, bias=None, training=False, *_, **__):
+        return running_mean, training
+
+    def bind_torchs(input, weight, bias, running_mean, running_var, training, *_, **__):
+        return running_mean, training
+
+    mean, training = (bind_torchs if func is torch.batch_norm else bind)(*args, **kwargs)
     if training:
-        raise CaptureError(_NEEDS_EVAL)
+        raise mixed_samples(mean is not None)
 
 
 @remade

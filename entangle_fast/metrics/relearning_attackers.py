@@ -160,8 +160,11 @@ def classifier(model: nn.Module, head: str | None, label: int) -> tuple[str, str
         head = next((n for n in reversed(modules) if isinstance(modules[n], nn.Linear)), None)
     layer = modules.get(head)
     if not isinstance(layer, nn.Linear) or layer.out_features <= label:
-        got = f"{layer.out_features} outputs" if isinstance(layer, nn.Linear) else type(layer).__name__
-        raise ValueError(f"head: {head!r} is {got}; needs the name of the nn.Linear that gives the logits, label {label} among them")
+        kind = f"of {layer.out_features} outputs" if isinstance(layer, nn.Linear) else f"a {type(layer).__name__}"
+        got = f"{head!r}, {kind if head in modules else 'which is no module of the model'}"
+        fit = [repr(n) for n, m in modules.items() if isinstance(m, nn.Linear) and m.out_features > label]
+        needs = f"the name of the nn.Linear that gives the logits, label {label} among them"
+        raise ValueError(f"head: got {got}; needs {needs}, {'such as ' + ', '.join(fit[-3:]) if fit else 'of which the model has none'}")
     return head, next(n for n, p in model.named_parameters() if p is layer.weight)
 
 

@@ -94,6 +94,9 @@ def conv_arguments(x: Tensor, g: Tensor, kernel_size, stride, padding, dilation,
     nd = x.dim() - 2
     spread = []
     for name, value in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
+        if isinstance(value, str):
+            same = " of dilation·(kernel_size − 1)/2 for 'same', 0 for 'valid'" if name == "padding" else ""
+            raise TypeError(f"{name}: got {value!r}, which is no {name} here; needs {nd} integers{same}")
         value = list(value) if isinstance(value, (tuple, list)) else [value] * nd
         require(len(value) == nd and all(map(whole, value)), f"{name}: got {value}; needs {nd} integers for an input of {nd} sizes")
         least = 0 if name == "padding" else 1

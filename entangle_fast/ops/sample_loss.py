@@ -13,10 +13,12 @@ from . import check
 LINEAR_SAMPLE_LOSS = registered("linear_sample_loss")  # what a torch function mode sees of a call
 
 
-def _validate(rows: tuple[int, ...], target: Tensor, clip, penalty, label_smoothing, reduction, name: str) -> None:
-    check.require(target.dim() in (1, 2) and rows == tuple(target.shape),
-                  f"target: shape {tuple(target.shape)} does not go with {name} {rows + ('…',)}; "
-                  "need one class index per sample (n,) or per position (n,t)")  # fmt: skip
+def _validate(shape: tuple[int, ...], target: Tensor, clip, penalty, label_smoothing, reduction, name: str) -> None:
+    if target.dim() not in (1, 2) or shape[:-1] != target.shape:
+        turned = name == "logits" and len(shape) == 3 and (shape[0], shape[2]) == target.shape  # (n, C, t), as F.cross_entropy takes it
+        mend = ": give logits.transpose(1, 2), the classes last" if turned else ""
+        raise ValueError(f"target: shape {tuple(target.shape)} does not go with {name} {shape}; need one class index per sample (n,) or "
+                         f"per position (n,t){mend}")  # fmt: skip
     check.require(target.dtype == torch.int64, f"target: dtype {target.dtype}; needs int64 class indices: use .long()")
     check.require(not math.isnan(clip), "clip: got nan; needs a cross-entropy in nats, or inf for none")
     check.require(penalty >= 0, f"penalty: got {penalty}; needs a number >= 0")
@@ -50,7 +52,7 @@ def sample_loss(
                   "classes")  # fmt: skip
     check.floating(logits=logits)
     check.same_device(logits=logits, target=target)
-    _validate(tuple(logits.shape[:-1]), target, clip, penalty, label_smoothing, reduction, "logits")
+    _validate(tuple(logits.shape), target, clip, penalty, label_smoothing, reduction, "logits")
     return call("sample_loss", logits, target, clip, penalty, ignore_index, label_smoothing, reduction)[0]
 
 
@@ -76,6 +78,6 @@ def linear_sample_loss(
     check.same_device(h=h, weight=weight, bias=bias, target=target)
     check.same_dtype(h=h, weight=weight, bias=bias)
     check.floating(h=h)
-    _validate(tuple(h.shape[:-1]), target, clip, penalty, label_smoothing, reduction, "h")
+    _validate(tuple(h.shape), target, clip, penalty, label_smoothing, reduction, "h")
     out = call("linear_sample_loss", h, weight, bias, target, clip, penalty, ignore_index, label_smoothing, reduction)
     return out[0]

@@ -67,11 +67,20 @@ def test_lstm_by_the_general_path():
 @pytest.mark.parametrize("bn", [nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False), nn.BatchNorm1d(6, track_running_stats=False)])
 def test_batchnorm_in_train_mode(bn):
     model = lively(nn.Sequential(nn.Linear(6, 6), bn))
-    model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ef.CaptureError, match="model.eval()"):
-        run(model, 6)
+    with pytest.raises(ef.CaptureError, match="model.eval()" if bn.track_running_stats else "in eval mode too"):
+        run(model.train(), 6)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model", [
+    nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False)),
+    Via(lambda s, x: torch.batch_norm(s.m(x), x.new_ones(6), None, None, None, True, 0.1, 1e-5, False), m=nn.Linear(6, 6)),
+])  # fmt: skip
+def test_batchnorm_without_running_statistics_in_eval_mode(model):
+    model = lively(model)
+    with pytest.raises(ef.CaptureError, match="^BatchNorm without running statistics .* in eval mode too: .*track_running_stats=True"):
+        run(model, 6)
 
 
 def test_no_trainable_parameter():

@@ -145,7 +145,7 @@ def test_the_prototype_attack_moves_the_forget_row_alone(pair):
         model[-1].weight.data[0] = row + t * 0.2 * row.norm() * prototype / prototype.norm()
         losses.append(F.cross_entropy(model(x), y).item())
     assert r.curve[0].tolist() == pytest.approx(losses, rel=1e-10)
-    with pytest.raises(ValueError, match="head: 'nowhere' is NoneType"):
+    with pytest.raises(ValueError, match="head: got 'nowhere', which is no module of the model; needs .* nn.Linear .*, such as '.*'"):
         attacked(pair, "prototype", head="nowhere")
 
 

@@ -154,6 +154,19 @@ def test_message_names_the_argument(name):
     assert str(error.value).startswith(argument), str(error.value)
 
 
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: ops.gram_conv(r(4, 3, 5), r(4, 2, 5), 3, padding="same"), TypeError,
+     "^padding: got 'same', which is no padding here; needs 1 integers of dilation·.* for 'same'"),
+    (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 5), "3"), TypeError, "^kernel_size: got '3', .* needs 1 integers$"),
+    (lambda: ops.sample_loss(r(4, 3, 7), torch.zeros(4, 7).long()), ValueError,
+     r"^target: shape \(4, 7\) does not go with logits \(4, 3, 7\); .*logits.transpose\(1, 2\)"),
+    (lambda: ops.sample_loss(r(4, 3, 7), torch.zeros(4, 6).long()), ValueError, r"logits \(4, 3, 7\); .* \(n,t\)$"),
+])  # fmt: skip
+def test_what_is_said_of_torchs_other_ways(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.parametrize("label", [-1, 3, 10**12])
 def test_label_out_of_range(label):
     for call in (lambda: ops.sample_loss(r(4, 3), y + label), lambda: ops.linear_sample_loss(r(4, 2), r(3, 2), y + label)):
