@@ -111,7 +111,7 @@ def registered(op: str):
 def explain(fn: Callable, *args, **kwargs) -> Explanation:
     """Which backend would serve ``fn(*args, **kwargs)``, and why each other would not. Nothing is computed.
 
-    fn: a function of entangle_fast.ops. Raises ValueError if the call is itself invalid.
+    fn: a function of entangle_fast.ops; any other is refused (TypeError), uncalled. Raises ValueError if the call is itself invalid.
 
     >>> import torch, entangle_fast as ef
     >>> found = ef.explain(ef.ops.gram, torch.randn(4, 3), torch.randn(4, 2))
@@ -120,6 +120,9 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
     """
     if not callable(fn):
         raise TypeError(f"fn: got {fn!r}; give a function of entangle_fast.ops, as in ef.explain(ef.ops.gram, a, b)")
+    name, room = getattr(fn, "__name__", repr(fn)), getattr(fn, "__module__", None) or ""
+    if not room.startswith(f"{__package__}.ops.") or name not in ops():
+        raise TypeError(f"fn: {name!r} is no function of entangle_fast.ops; give one, as in ef.explain(ef.ops.gram, a, b)")
     asked = _explaining.set(True)
     try:
         fn(*args, **kwargs)
@@ -127,7 +130,7 @@ def explain(fn: Callable, *args, **kwargs) -> Explanation:
         return found.args[0]
     finally:
         _explaining.reset(asked)
-    raise TypeError(f"fn: {getattr(fn, '__name__', fn)!r} dispatches nothing; give a function of entangle_fast.ops")
+    raise AssertionError(f"{name} came to no choice of a backend")
 
 
 def table() -> dict[str, dict[str, tuple[bool, str]]]:

@@ -26,8 +26,11 @@ def test_explain_names_every_backend_and_computes_nothing(monkeypatch):
 def test_explain_checks_the_call_first():
     with pytest.raises(ValueError, match="^b:"):
         ef.explain(ef.ops.gram, A, B[:2])
-    with pytest.raises(TypeError, match="dispatches nothing"):
-        ef.explain(lambda: None)
+    called = []
+    for fn in (called.append, lambda x: called.append(x), ef.ops.check.tensor, torch.ops.entangle_fast.gram):
+        with pytest.raises(TypeError, match="^fn: .* is no function of entangle_fast.ops; give one"):
+            ef.explain(fn, A)
+    assert not called
     with pytest.raises(TypeError, match="fn: got 'gram'"):
         ef.explain("gram", A, B)
     assert ef.ops.gram(A, B).shape == (3, 3)  # and leaves no trace
