@@ -9,7 +9,8 @@ from . import check
 
 
 def _weights(w: Tensor, n: int) -> None:
-    check.require(w.dim() == 2 and w.shape[1] == n, f"w: shape {tuple(w.shape)}; needs (m, {n}), one row per combination")
+    mend = ": give w[None]" if w.shape == (n,) else ""
+    check.require(w.dim() == 2 and w.shape[1] == n, f"w: shape {tuple(w.shape)}; needs (m, {n}), one row per combination{mend}")
     check.real(w=w)
 
 

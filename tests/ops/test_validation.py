@@ -160,6 +160,7 @@ def test_message_names_the_argument(name):
     (lambda: ops.sqnorm_conv(r(4, 3, 5), r(4, 2, 5), "3"), TypeError, "^kernel_size: got '3', .* needs 1 integers$"),
     (lambda: ops.sample_loss(r(4, 3, 7), torch.zeros(4, 7).long()), ValueError,
      r"^target: shape \(4, 7\) does not go with logits \(4, 3, 7\); .*logits.transpose\(1, 2\)"),
+    (lambda: ops.combine(r(4, 3), r(4, 2), r(4)), ValueError, r"^w: shape \(4,\); needs \(m, 4\), .*: give w\[None\]$"),
     (lambda: ops.sample_loss(r(4, 3, 7), torch.zeros(4, 6).long()), ValueError, r"logits \(4, 3, 7\); .* \(n,t\)$"),
 ])  # fmt: skip
 def test_what_is_said_of_torchs_other_ways(call, error, message):
