@@ -133,9 +133,12 @@ def unlearn(
 @app.command()
 def compare(
     config: Annotated[
-        Path | None, typer.Argument(help="TOML file with the tables task, compare and method.NAME; options here go before it.")
+        Path | None,
+        typer.Argument(help="TOML file with the tables task, compare and method.NAME, which adds NAME; options here go before it."),
     ] = None,
-    forget: Annotated[str | None, typer.Option(help="Class to forget, or several with commas; of Fashion-MNIST without a file.")] = None,
+    forget: Annotated[
+        str | None, typer.Option(help="Class to forget, or several with commas. Without a file of Fashion-MNIST, default: Sneaker.")
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="super: superclasses; fine: the data set's own classes. Default: super.")] = None,
     methods: Annotated[str | None, typer.Option(help=METHOD_NAMES)] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Models to train and unlearn. Default: 3.")] = None,

@@ -52,7 +52,8 @@ class CompareOptions:
 
 @dataclass(kw_only=True)
 class CompareConfig:
-    """A comparison. method: for each name, options other than the demo's (or, without those, the defaults)."""
+    """A comparison. method: for each name, options other than the demo's (or, without those, the defaults); a name that
+    compare.methods lacks is added to the run."""
 
     task: TaskConfig
     compare: CompareOptions = field(default_factory=CompareOptions)

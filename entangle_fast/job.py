@@ -25,8 +25,9 @@ def unlearn(
 
     Args:
         model: a trained classifier, changed in place; it runs in eval mode (frozen BatchNorm statistics).
-        forget, adjacent, remote: disjoint sets, each (x, y) tensors or a map-style Dataset. ``adjacent`` are the
-            retain samples close to the forget set, ``remote`` the others (tasks.split_by_knn finds them).
+        forget, adjacent, remote: disjoint sets, each (x, y) tensors, a map-style Dataset, or a DataLoader of one without
+            collate_fn, whose Dataset alone is used. ``adjacent`` are the retain samples close to the forget set, ``remote``
+            the others (tasks.split_by_knn finds them).
         method: a dataclass of entangle_fast.methods; default Entangled().
         test: a tasks.Sets, or a mapping of the three names to (x, y) or a Dataset; default: the training samples themselves.
         loss: (output, y) → per-sample losses (n,); default cross-entropy.
@@ -35,7 +36,8 @@ def unlearn(
             a run, finished or not, is refused without ``resume`` or ``overwrite``.
         resume: continue the run whose checkpoint lies in ``out``, to the bit; without one start anew; of a finished run
             give the result, its weights in ``model``. Method, options, seed and data must be those of the run: of tensors
-            every byte is compared, of other Datasets what SampleSet.digest says; loss and augment cannot be.
+            every byte is compared, of other Datasets class, length, Subset rows and ``targets`` alone; loss and augment
+            cannot be.
         overwrite: start anew in a folder that holds a run; its files stay until there are new ones.
         progress: show a progress bar, or lines where stderr is no terminal.
         eval_every: steps between accuracies in the history; 0: only at stage ends.
@@ -45,8 +47,9 @@ def unlearn(
     Returns: a Result.
 
     Raises:
-        ValueError: empty or overlapping sets, labels out of range, no trainable parameter, non-finite parameters, a
-            folder that holds a run, …
+        ValueError: empty sets; overlapping ones, where both are tensors (equal samples and labels) or stand on one Dataset
+            object (equal rows; not two objects with the same samples); labels out of range, no trainable parameter,
+            non-finite parameters, an ``out`` that is a file or holds a run, …
         NonFinite: a loss became NaN or infinite; the step was not taken, the model is as it was before it.
         CheckpointError: a run with other settings or other data, or files that cannot be read or written.
         KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.

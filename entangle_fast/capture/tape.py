@@ -183,7 +183,7 @@ class Tape:
         return self._total([c.project_random(k, seed, kind) for c in self._contractions()], (self.n, k))
 
     def combine(self, w: Tensor | None = None) -> list:
-        """Σ_i w_i g_i: w (n,) → list of tensors like ``params``; w (m, n) → m such lists.
+        """Σ_i w_i g_i: w (n,) → list of tensors like ``params``; w (m, n) → m such lists (ops.combine takes (m, n) alone).
 
         Parameters that took no part get zeros. After a backward with stream=("combine",) w is not given again.
         """

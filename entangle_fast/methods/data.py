@@ -261,7 +261,7 @@ def _refuse_choices(name: str, loader: DataLoader) -> None:
                          "needs the samples themselves: torch.utils.data.Subset(dataset, indices)")  # fmt: skip
     if collate not in (default_collate, loading.default_convert):
         raise ValueError(f"{name}: got a DataLoader with a collate_fn, which would not be called; needs a Dataset of pairs (x, y): do it "
-                         "in its __getitem__")  # fmt: skip
+                         "in its __getitem__, padding to one length there")  # fmt: skip
 
 
 def _odd_one(rows: list[int], samples: list) -> str:

@@ -27,8 +27,8 @@ def utility(
     bins, binning  of `calibration_error`.
 
     Returns {set: {"accuracy": %, "per_class": {class: %}, "ece": in [0, 1], "brier": in [0, 2]}}, and with `retrained`
-    "kl_retrained": nats, "agreement": % of equal predictions. Raises ValueError, FloatingPointError as `outputs.logits`, TypeError
-    for sets that are neither.
+    "kl_retrained": KL(retrained ‖ model) in nats, "agreement": % of equal predictions. Raises ValueError, FloatingPointError as
+    `outputs.logits`, TypeError for sets that are neither.
 
     >>> import torch, entangle_fast as ef
     >>> x, y, model = torch.randn(9, 4), torch.arange(9) % 3, torch.nn.Linear(4, 3)
