@@ -130,7 +130,7 @@ def _pairs(
             if MATCH:
                 left = tl.load(ids + i * t + tr, mask=rm, other=padding_idx)
                 right = tl.load(ids2 + j * s + sq, mask=qm, other=padding_idx)
-                same = (left[:, None] == right[None, :]) & (rm & (left != padding_idx))[:, None] & qm[None, :]
+                same = (left[:, None] == right[None, :]) & (rm & ((left != padding_idx) | (padding_idx < 0)))[:, None] & qm[None, :]
                 if tl.max(same.to(tl.int32)) > 0:
                     pb = products(b, bo, rm, b2, bo2, qm, columns, d_out, False, 1, PREC, BM, BN, BK)
                     acc += tl.where(same, pb, 0.0)

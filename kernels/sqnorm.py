@@ -45,7 +45,7 @@ def _pair_norms(
     if MATCH:
         left = tl.load(ids + i * t + tr, mask=rm, other=padding_idx)
         right = tl.load(ids + i * t + sq, mask=qm, other=padding_idx)
-        same = (left[:, None] == right[None, :]) & (rm & (left != padding_idx))[:, None] & qm[None, :]
+        same = (left[:, None] == right[None, :]) & (rm & ((left != padding_idx) | (padding_idx < 0)))[:, None] & qm[None, :]
         acc = tl.where(same, products(b, bo, rm, b, bo2, qm, columns, d_out, False, 1, PREC, TB, TB, BK), 0.0)
     else:
         ao = row_offsets(rows, tr, rm, a_position, TABLED, VEC)

@@ -9,10 +9,13 @@ struct Entry {
   int64_t id, sample, position;
 };
 
+// a negative `padding` is none, also where an id has that value
+inline bool is_padding(int64_t id, int64_t padding) { return padding >= 0 && id == padding; }
+
 // each of `count` ids names a row of a table, or is `padding`
 inline void rows_exist(const char* op, const int64_t* id, int64_t count, int64_t table, int64_t padding) {
   for (int64_t p = 0; p < count; ++p)
-    STD_TORCH_CHECK(id[p] == padding || (id[p] >= 0 && id[p] < table), op, ": id ", id[p], " in a table of ", table);
+    STD_TORCH_CHECK(is_padding(id[p], padding) || (id[p] >= 0 && id[p] < table), op, ": id ", id[p], " in a table of ", table);
 }
 
 // ids `at` (n,t), positions of `padding` left out
@@ -20,7 +23,7 @@ inline std::vector<Entry> sorted(const int64_t* at, int64_t n, int64_t t, int64_
   std::vector<Entry> out;
   out.reserve(n * t);
   for (int64_t p = 0; p < n * t; ++p)
-    if (at[p] != padding) out.push_back({at[p], p / t, p});
+    if (!is_padding(at[p], padding)) out.push_back({at[p], p / t, p});
   std::sort(out.begin(), out.end(), [](const Entry& x, const Entry& y) { return x.id != y.id ? x.id < y.id : x.position < y.position; });
   return out;
 }

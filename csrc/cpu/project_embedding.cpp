@@ -27,7 +27,7 @@ Tensor project_embedding(const Tensor& ids_, const Tensor& b_, const Tensor& bas
       for (int64_t i = begin; i < end; ++i) {
         std::fill(sums.begin(), sums.end(), 0.0);
         for (int64_t p = i * t; p < (i + 1) * t; ++p) {
-          if (id[p] == padding_idx) continue;
+          if (is_padding(id[p], padding_idx)) continue;
           for (int64_t j = 0; j < k; ++j) directions[j] = rows + (j * table + id[p]) * d;
           c.dots(from + p * d, directions.data(), k, d, sums.data());
         }

@@ -43,6 +43,35 @@ def test_padding_is_left_out(monkeypatch, generator, backend, dtype, value):
         torch.testing.assert_close(x, zero[name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_negative_ids_are_ids_like_any_other(monkeypatch, backend):
+    """The Gram and its diagonal ask for no table: -1 is no padding where none is named, nor where another is."""
+    monkeypatch.setenv(dispatch.ENV, backend)
+    ids, other = torch.tensor([[-1, 2, -1], [-1, 0, -3]]), torch.tensor([[-3, -1, -1], [0, PAD, -1]])
+    b, b2 = torch.randn(2, 3, D), torch.randn(2, 3, D)
+    for padding_idx in (None, PAD):
+        left, right = (x if padding_idx is None else poisoned(i, x, 0) for i, x in ((ids, b), (other, b2)))
+        for i2, x2 in ((None, None), (other, b2)):
+            same = ids[:, None, :, None] == (ids if i2 is None else i2)[None, :, None, :]
+            want = torch.einsum("nmts,ntd,msd->nm", same.to(b.dtype), left, left if i2 is None else right)
+            torch.testing.assert_close(ops.gram_embedding(ids, b, i2, x2, padding_idx=padding_idx), want)
+        same = ids[:, :, None] == ids[:, None]
+        torch.testing.assert_close(ops.sqnorm_embedding(ids, b, padding_idx=padding_idx),
+                                   torch.einsum("nts,ntd,nsd->n", same.to(b.dtype), left, left))  # fmt: skip
+
+
+@pytest.mark.skipif(dispatch.EXTENSION is not None, reason="needs the compiled library")
+def test_a_negative_id_names_no_row_of_a_table():
+    """The operations themselves, whose -1 says that there is no padding."""
+    ids, b = torch.tensor([[-1, 1]]), torch.ones(1, 2, D)
+    for call in (
+        lambda: dispatch.registered("project_embedding")(ids, b, torch.ones(2, ROWS, D)),
+        lambda: dispatch.registered("project_random_embedding")(ids, b, 2, ROWS, 3),
+    ):
+        with pytest.raises(RuntimeError, match="id -1 in a table of 5"):
+            call()
+
+
 def test_a_padded_row_of_a_weight_that_is_not_finite_stays_zero():
     ids, b = torch.tensor([[PAD, 1]]), torch.ones(1, 2, D)
     table = ops.combine_embedding(ids, b, torch.full((1, 1), torch.inf), ROWS, padding_idx=PAD)

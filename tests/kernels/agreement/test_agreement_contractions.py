@@ -81,6 +81,15 @@ def test_lookups(padding_idx):
         check(project, "project_embedding", x, y, torch.randn(3, 9, 13).to(y.dtype), padding_idx)
 
 
+@pytest.mark.parametrize("padding_idx", [-1, 1, 2])
+def test_lookups_of_negative_ids(padding_idx):
+    ids, ids2 = torch.randint(-3, 3, (5, 19)), torch.randint(-3, 3, (2, 7))
+    b, b2 = torch.randn(5, 19, 13), torch.randn(2, 7, 13)
+    check(gram, "gram_embedding", ids, b, None, None, padding_idx)
+    check(gram, "gram_embedding", ids, b, ids2, b2, padding_idx)
+    check(sqnorm, "sqnorm_embedding", ids, b, padding_idx)
+
+
 def test_layouts_that_are_not_contiguous():
     a, b = torch.randn(6, 40, 9).mT, torch.randn(6, 1, 5).expand(6, 9, 5)  # transposed; expanded over positions
     sliced = torch.randn(12, 9, 80)[::2, :, 3:43]
