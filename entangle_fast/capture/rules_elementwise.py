@@ -129,6 +129,7 @@ def repeat_over_batch(recorder, func, args, kwargs):
 
 
 NO_VMAP = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell"}  # torch.func.vmap cannot map these
+_ROW_BY_ROW = {"gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "bilinear"}  # of two operands: row i of one meets row i of the other
 
 
 def through_vmap(recorder, func, args, kwargs):
@@ -137,6 +138,10 @@ def through_vmap(recorder, func, args, kwargs):
     watched = dict.fromkeys(recorder.describe(x) for x in inputs if x in recorder.sources)
     what = f"{' and '.join(watched)}: {name}"
     layouts = {id(x): recorder.layout(x, what) for x in inputs if x not in recorder.sources and recorder.carries_samples(x)}
+    if name in _ROW_BY_ROW:  # a first state of zeros comes from nowhere, and yet has a row for each sample
+        operands = [x for x in (*args[:2], *map(kwargs.get, ("input", "hx", "input1", "input2"))) if isinstance(x, Tensor)]
+        if layout := next((layouts[id(x)] for x in operands if id(x) in layouts), None):
+            layouts |= {id(x): layout for x in operands if x not in recorder.sources and id(x) not in layouts}
     if any(layout.flat for layout in layouts.values()):
         raise CaptureError(f"{what}: positions are folded into the dimension of the samples; give them one of their own, or freeze it")
 

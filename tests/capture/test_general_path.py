@@ -139,3 +139,57 @@ def test_functional_code_that_no_rule_has_met_yet():
     params = {"w": weight(2, 6, 6).detach().double().requires_grad_()}
     agree(Case(params, lambda n: {"x": torch.randn(n, 6).double()}, lambda p, b: F.bilinear(b["x"], b["x"], p["w"]).square().sum(1),
                options={"strict": False}))  # fmt: skip
+
+
+CELLS = {
+    "gru_cell": lambda: nn.GRUCell(6, 4), "rnn_tanh_cell": lambda: nn.RNNCell(6, 4),
+    "rnn_relu_cell": lambda: nn.RNNCell(6, 4, nonlinearity="relu"),
+}  # fmt: skip
+
+
+def over_time(cell, x):
+    state = torch.zeros(len(x), 4, dtype=x.dtype)
+    for t in range(x.shape[1]):
+        state = cell(x[:, t], state)
+    return state
+
+
+DRAWN = torch.randn(5, 4, generator=torch.Generator().manual_seed(2)).double()
+FIRST_STATES = {
+    "torch's own": lambda cell, x: cell(x[:, 0]),
+    "zeros": lambda cell, x: cell(x[:, 0], torch.zeros(len(x), 4, dtype=x.dtype)),
+    "new_zeros": lambda cell, x: cell(x[:, 0], x.new_zeros(len(x), 4)),
+    "zeros by name": lambda cell, x: cell(hx=torch.zeros(len(x), 4, dtype=x.dtype), input=x[:, 0]),
+    "from outside": lambda cell, x: cell(x[:, 0], DRAWN[: len(x)]),
+    "over time": over_time,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's own
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.parametrize("state", FIRST_STATES)
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cells_first_state_has_a_row_for_each_sample(kind, state, n, functional):
+    """Also one that is a constant; with as many samples as hidden units too."""
+    cell, first = lively(CELLS[kind]()), FIRST_STATES[state]
+    if not functional:
+        return agree(simple(Via(lambda s, x: first(s.m, x), m=cell), 3, 6, n=n, options={"strict": False}))
+
+    def losses(params, batch):
+        def call(*args, **kwargs):
+            return torch.func.functional_call(cell, params, args, kwargs)
+
+        return squares(first(call, batch["x"]))
+
+    params = {name: p.detach().requires_grad_() for name, p in cell.named_parameters()}
+    agree(Case(params, lambda n: {"x": torch.randn(n, 3, 6).double()}, losses, n=n, options={"strict": False}))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_bilinear_layer_of_samples_and_constant_rows(swap):
+    def forward(s, x):
+        pair = (x, x.new_ones(len(x), 6).cumsum(1))
+        return s.m(*pair[::-1] if swap else pair)
+
+    agree(simple(Via(forward, m=nn.Bilinear(6, 6, 2)), 6, options={"strict": False}))
