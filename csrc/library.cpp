@@ -1,6 +1,7 @@
-// The extension module: every schema (schema.inc), the C++ CPU kernels, and an empty Python module to import.
+// The extension module: every schema (schema.inc), the C++ CPU kernels, and a Python module that says which instruction set they run.
 #include <Python.h>
 
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -37,7 +38,10 @@ STABLE_TORCH_LIBRARY_IMPL(entangle_fast, CPU, m) {
   m.impl("w2_moments", TORCH_BOX(&ef::cpu::w2_moments));
 }
 
+static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(ef::cpu::isa()); }
+
 PyMODINIT_FUNC PyInit__C(void) {
-  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

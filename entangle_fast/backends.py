@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 NAMESPACE = "entangle_fast"
+ISA, ISAS = "ENTANGLE_FAST_ISA", ("plain", "avx2", "avx512")  # csrc/cpu/isa.cpp reads it, once
 
 try:
     from . import _C  # noqa: F401  loading it registers the schemas and the C++ kernels
@@ -85,6 +87,12 @@ def tensors_of(args) -> list[torch.Tensor]:
         elif isinstance(a, (list, tuple)):
             flat += tensors_of(a)
     return flat
+
+
+def unknown_isa() -> str:
+    """What is wrong with ENTANGLE_FAST_ISA; "" if nothing is."""
+    wish = os.environ.get(ISA, "")
+    return "" if wish in ("", *ISAS) else f"{ISA}={wish}: unknown instruction set {wish!r}; known: {', '.join(ISAS)}"
 
 
 def _refuse_cpp(op: str, args) -> str | None:

@@ -3,7 +3,7 @@
 Order on the CPU: cpp, reference; the other way round where cpp was measured to be slower (backends.py). On CUDA and
 HIP: triton, reference; before triton comes cuda where dispatch_table.json, which bench/dispatch_table.py makes from committed
 measurements, says that it is faster. ENTANGLE_FAST_BACKEND names the backends that may be used, in order ("reference", "cpp",
-"cuda,triton,reference", …); a named one that cannot serve a call is an error.
+"cuda,triton,reference", …); a named one that cannot serve a call is an error. ENTANGLE_FAST_ISA lowers the instruction set of cpp.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import reference
-from .backends import BACKENDS, EXTENSION, NAMESPACE, NOT_DEFAULT, REFUSE, UNBUILT, kernel_module, tensors_of
+from .backends import BACKENDS, EXTENSION, NAMESPACE, NOT_DEFAULT, REFUSE, UNBUILT, kernel_module, tensors_of, unknown_isa
 
 ENV = "ENTANGLE_FAST_BACKEND"
 _SCHEMA_FILE = "schema.inc"
@@ -69,6 +69,8 @@ def _choose(op: str, args) -> Explanation:
     named = [b.strip() for b in os.environ.get(ENV, "").split(",") if b.strip() not in ("", "auto")]
     if unknown := [b for b in named if b not in BACKENDS]:
         raise BackendError(f"{ENV}={os.environ[ENV]}: unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
+    if isa := unknown_isa():
+        raise BackendError(isa)
     found = Explanation(op, None)
     for name in named or BACKENDS:
         if found.backend is not None and not _explaining.get():

@@ -26,8 +26,8 @@ def report(results: Path | None = None) -> dict[str, Any]:
     """Everything `doctor` prints, as plain data.
 
     results: folder of benchmark results, <device>/*.json; bench/results of the checkout by default.
-    Keys: machine, versions, commit, isa, thp, nvcc, extension {file, error}, ops {op: {backend:
-    {available, reason}}}, gpu_runs {"op/backend": line}.
+    Keys: machine, versions, commit, isa (the CPU's), thp, nvcc, extension {file, error, isa (the one that its kernels
+    use)}, ops {op: {backend: {available, reason}}}, gpu_runs {"op/backend": line}.
     """
     import torch
 
@@ -56,8 +56,9 @@ def _extension() -> dict[str, str | None]:
     try:
         module = importlib.import_module("entangle_fast._C")
     except ImportError as error:
-        return {"file": None, "error": str(error)}
-    return {"file": getattr(module, "__file__", None), "error": None}
+        return {"file": None, "error": str(error), "isa": None}
+    isa = module.isa() if hasattr(module, "isa") else None  # an older build cannot say
+    return {"file": getattr(module, "__file__", None), "error": None, "isa": isa}
 
 
 def _ops() -> dict[str, Any]:
@@ -148,6 +149,12 @@ def doctor(console: Console | None = None, verbose: bool = False) -> dict[str, A
         None if extension["file"] else "build it: pip install --no-build-isolation -e . (until then: reference)",
         bool(extension["file"]),
     )  # fmt: skip
+    if extension["isa"]:
+        from entangle_fast.backends import ISA, unknown_isa
+
+        wish, mend = os.environ.get(ISA), unknown_isa()
+        lowered = f"; {ISA}={wish}" if wish else ""
+        fact("C++ kernels", f"{extension['isa']}{lowered}", mend, not mend)
     fact(
         "nvcc",
         found["nvcc"] or "not found",

@@ -110,6 +110,14 @@ def test_an_unknown_backend_is_named(monkeypatch):
         ef.ops.gram(A, B)
 
 
+def test_an_unknown_instruction_set_is_named(monkeypatch):
+    monkeypatch.setenv("ENTANGLE_FAST_ISA", "avx1")
+    with pytest.raises(ef.BackendError, match="ENTANGLE_FAST_ISA=avx1: unknown instruction set 'avx1'; known: plain, avx2, avx512"):
+        ef.ops.gram(A, B)
+    monkeypatch.setenv("ENTANGLE_FAST_ISA", "plain")
+    assert ef.explain(ef.ops.gram, A, B).backend is not None
+
+
 def test_a_named_backend_that_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.setenv(dispatch.ENV, "triton")
     with pytest.raises(ef.BackendError, match="nothing can serve this call"):

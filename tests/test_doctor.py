@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -6,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from entangle_fast import doctor as D
+from entangle_fast.backends import EXTENSION, ISAS
 
 TABLE = {
     "gram": {"cpp": (True, ""), "cuda": (False, "no CUDA C++ kernel for this operation"), "triton": (False, "no GPU"),
@@ -32,7 +35,7 @@ def test_report_is_plain_data(table, tmp_path):
     assert found["ops"]["gram"]["cpp"] == {"available": True, "reason": ""}
     assert found["gpu_runs"] == {"gram/triton": "not yet run on a GPU", "w2_sorted/cuda": "not yet run on a GPU"}
     assert found["versions"]["torch"] and found["isa"]
-    assert set(found["extension"]) == {"file", "error"}
+    assert set(found["extension"]) == {"file", "error", "isa"}
 
 
 def test_results_of_a_gpu_count_and_those_of_a_cpu_do_not(table, tmp_path):
@@ -51,7 +54,7 @@ def test_results_of_a_gpu_count_and_those_of_a_cpu_do_not(table, tmp_path):
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_doctor_prints_the_mends(table, monkeypatch, width):
-    monkeypatch.setattr(D, "_extension", lambda: {"file": None, "error": "undefined symbol"})
+    monkeypatch.setattr(D, "_extension", lambda: {"file": None, "error": "undefined symbol", "isa": None})
     monkeypatch.delenv(D.THP, raising=False)
     text = printed(width)
     words = " ".join(text.split())
@@ -67,6 +70,22 @@ def test_doctor_prints_the_mends(table, monkeypatch, width):
         assert part in words
     monkeypatch.setenv(D.THP, "1")
     assert f"{D.THP} is on" in " ".join(printed().split())
+
+
+@pytest.mark.skipif(EXTENSION is not None, reason="needs the compiled library")
+@pytest.mark.parametrize("wish", [*ISAS, "avx1"])
+def test_doctor_says_which_instruction_set_is_in_use(wish):
+    """It is read once: in a process of its own. What the CPU has not is not used."""
+    code = ("import os; from entangle_fast import _C, doctor; from rich.console import Console; doctor.doctor(Console(width=400)); "
+            "del os.environ['ENTANGLE_FAST_ISA']; print('used:', _C.isa())")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"ENTANGLE_FAST_ISA": wish}, check=True, capture_output=True,
+                          text=True)  # fmt: skip
+    used = done.stdout.rpartition("used: ")[2].strip()
+    order = [*ISAS, "avx512bf16"]
+    assert order.index(used) <= (order.index(wish) if wish in order else 3) and (used == wish or wish != "plain")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("C++ kernels")]
+    assert line.split(None, 2)[2].strip() == f"{used}; ENTANGLE_FAST_ISA={wish}"
+    assert ("unknown instruction set 'avx1'; known: plain, avx2, avx512" in done.stdout) == (wish == "avx1")
 
 
 def test_gpu_kernels_are_counted_unless_one_asks_for_names(monkeypatch):

@@ -17,6 +17,8 @@ EF_DECLARE(Steps, steps)
 
 namespace {
 
+const char* const names[] = {"plain", "avx2", "avx512", "avx512bf16"};
+
 int level() {
   static const int found = [] {
 #if defined(__x86_64__)
@@ -24,8 +26,7 @@ int level() {
                : __builtin_cpu_supports("x86-64-v4") ? 2
                : __builtin_cpu_supports("x86-64-v3") ? 1
                                                      : 0;
-    const char* wish = std::getenv("ENTANGLE_FAST_ISA");
-    const char* names[] = {"plain", "avx2", "avx512"};
+    const char* wish = std::getenv("ENTANGLE_FAST_ISA");  // backends.py refuses what is none of the first three
     for (int i = 0; i < 3; ++i)
       if (wish && !std::strcmp(wish, names[i]) && i < best) best = i;
     return best;
@@ -44,6 +45,7 @@ int level() {
 #define EF_CHOOSE(name) name##_plain
 #endif
 
+const char* isa() { return names[level()]; }
 const ContractTables& contract() { return EF_CHOOSE(contract); }
 const Draws& draws() { return EF_CHOOSE(draws); }
 const Loops& loops() { return EF_CHOOSE(loops); }

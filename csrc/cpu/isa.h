@@ -8,6 +8,7 @@
 
 namespace ef::cpu {
 
+const char* isa();  // the one in use
 const ContractTables& contract();
 const Draws& draws();
 const Loops& loops();
