@@ -57,8 +57,7 @@ def _extension() -> dict[str, str | None]:
         module = importlib.import_module("entangle_fast._C")
     except ImportError as error:
         return {"file": None, "error": str(error), "isa": None}
-    isa = module.isa() if hasattr(module, "isa") else None  # an older build cannot say
-    return {"file": getattr(module, "__file__", None), "error": None, "isa": isa}
+    return {"file": getattr(module, "__file__", None), "error": None, "isa": module.isa()}
 
 
 def _ops() -> dict[str, Any]:

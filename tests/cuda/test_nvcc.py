@@ -76,7 +76,9 @@ def test_bandwidth_kernels_leave_room_for_two_blocks(logs):
 # what a block may have with cudaFuncAttributeMaxDynamicSharedMemorySize, beside what the kernel has statically (none here)
 DYNAMIC = {  # source: (expression over its constants, bytes on the smallest target that runs it)
     "gram": ("2 * kBlock * kPitch + kWarps * GradientTile<T>::WARP_BYTES", 166912),  # sm_80
-    "project": ("kRows * kPitch + kWarps * GradientTile<T>::WARP_BYTES + kWarps * GradientTile<T>::WIDTH * (int)sizeof(uint32_t)", 166912),
+    "project": (
+        "kRows * kPitch<T> + kWarps * GradientTile<T>::WARP_BYTES + kWarps * GradientTile<T>::WIDTH * (int)sizeof(uint32_t)", 166912,
+    ),
 }
 
 
