@@ -200,6 +200,10 @@ def test_a_model_without_a_second_derivative_gets_differences_and_a_warning(swap
                 close.step()
     assert not close.exact
     torch.testing.assert_close(flat(close.model), flat(exact.model), rtol=1e-7, atol=1e-7)
+    again = begin(Lookahead(**SIZES, alpha=0.7, order=2, swap=swap), model=once())
+    again.done = close.done
+    again.load(close.state())
+    assert not again.exact  # known from the first step on: attention goes to another backend where it is tried
 
 
 def test_a_loss_whose_second_derivative_is_silently_missing_is_noticed():
