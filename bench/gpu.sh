@@ -37,8 +37,8 @@
 #   gram rows            64 FLOP a byte of L2, 350 TFLOP/s at 5.5 TB/s: 1.2 ms where 5× the loop would be 0.6   clusters: not Triton
 #   project_random       by count, n 128 t 196 768² k 512, H100 (2x of materialise-then-project would be about 0.17 ms):
 #                        triton: 37 k programs' rounds of 312 instructions a thread, 0.10 ms, beside forming, 30 GF through L2
-#                        cuda: 106 instructions for 16 mma.sync, 0.14 ms, 18 passes over shared memory's banks beside them (34 before
-#                        tests/ptx counted them), and gradients formed ceil(k/256) = 2 times, 59 GF:
+#                        cuda: 106 instructions for 16 mma.sync, 0.14 ms; by count 18 passes over shared memory's banks beside them;
+#                        gradients formed ceil(k/256) = 2 times, 59 GF:
 #                        sm__inst_issued.avg.pct_of_peak_sustained_active > 80   wgmma with signs in shared memory, 512 directions a block
 #   linear_sample_loss   4 products of n·t·d·V where Liger has 3, 88 and 67 ms at 790 TFLOP/s; but Liger adds its weight gradient up once
 #                        for n·t·d/V rows, here 32 times: 69 to 137 GB, 20 to 41 ms. About even by count

@@ -1,4 +1,4 @@
-"""What every backend's step_project makes of directions that are too short or not finite."""
+"""What every backend's step_project makes of directions, also of those that are too short or not finite."""
 
 import torch
 
@@ -11,6 +11,15 @@ TOLERANCE = 2.0**-40
 
 def lists(count, dtype):
     return [torch.randn(*s).to(dtype) for _ in range(count) for s in SIZES]
+
+
+def check_solution(op, args, case, rtol, atol):
+    """Gram and coefficients as the reference's; of "singular" the directions that lie in the span of others count for none."""
+    (gram, coef), (wanted, solved) = op(*args), reference.step_project(*args)
+    torch.testing.assert_close(gram, wanted, rtol=rtol, atol=atol)
+    scale = gram.diagonal()[: len(coef)].sqrt()
+    torch.testing.assert_close(coef * scale, solved * scale, rtol=1e-9, atol=1e-9)
+    assert case != "singular" or torch.equal(coef == 0, torch.tensor([False, False, False, True, False, False]))
 
 
 def check_too_short_is_left_out(op, k, ridge, held, dtype=torch.float32):

@@ -16,15 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from build import CUDA, FLAGS, HERE, _cache
+from build import BINDING_FLAGS, CUDA, FLAGS, HERE, LIBRARIES, _cache
 
 # "sm_80", "sm_90a", "sm_100": what nvcc makes of the sources for it (tests/ptx), in the emulator's place
 COMPILED = os.environ.get("EF_CUDA_COMPILED") or None
 if COMPILED:
     sys.path.insert(0, str(HERE.parent / "ptx"))
     import nvcc
-INCLUDE = Path(torch.__file__).parent / "include"
-BINDING_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include"]
 
 
 def _object(source: Path, more: list[str], shared: bytes) -> Path:
@@ -55,8 +53,7 @@ def library() -> Path:
     output = _cache() / f"bound-{hashlib.sha256(' '.join(map(str, objects)).encode()).hexdigest()[:16]}.so"
     if not output.exists():
         part = output.with_suffix(f".{os.getpid()}")
-        libraries = f"-L{Path(torch.__file__).parent}/lib -ltorch -ltorch_cpu -lc10".split()
-        subprocess.run([os.environ.get("CXX", "g++"), "-shared", *map(str, objects), *libraries, "-o", str(part)], check=True)
+        subprocess.run([os.environ.get("CXX", "g++"), "-shared", *map(str, objects), *LIBRARIES, "-o", str(part)], check=True)
         part.rename(output)
     return output
 

@@ -14,11 +14,16 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
 FLAGS = "-std=c++20 -O1 -fPIC -shared -DEF_CUDA_HOST -Wno-unknown-pragmas -fsanitize=bounds -fsanitize-undefined-trap-on-error".split()
+
+TORCH = Path(torch.__file__).parent
+BINDING_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
+LIBRARIES = f"-L{TORCH}/lib -ltorch -ltorch_cpu -lc10".split()
 
 
 def _cache() -> Path:

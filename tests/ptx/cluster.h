@@ -3,6 +3,7 @@
 #pragma once
 
 #include "memory.h"
+#include "tensor_map.h"
 
 namespace ptx {
 
@@ -62,13 +63,6 @@ inline void cluster_passed(Warp& w, const Instruction&, Mask m) {
   w.all_here(m, "barrier.cluster.wait");
   w.waits = w.block.cluster.turns == w.turn;
 }
-
-// What cuTensorMapEncodeTiled of cudart.cpp leaves in a CUtensorMap: 3 dimensions of 2 bytes, boxes of 128 bytes' rows, swizzled
-struct TensorMap {
-  uint64_t kind, address, size[3], stride[2];
-  uint32_t box[3];
-};
-constexpr uint64_t kTensorMap = 0x70616D726F736E74;
 
 inline void arrive(Arrival& x) {
   const uint32_t rows = uint32_t(x.bytes.size() / 128);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../cuda_host/span.h"
+#include "tensor_map.h"
 
 extern "C" {
 const char* ptx_error();
@@ -67,17 +68,13 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, unsigned cluster
 CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* size, const cuuint64_t* stride,
                 const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  struct {  // cluster.h's TensorMap
-    uint64_t kind = 0x70616D726F736E74, address, size[3], stride[2];
-    uint32_t box[3];
-  } map;
+  ptx::TensorMap map{ptx::kTensorMap, uint64_t(address), {}, {}, {}};
   bool fine = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && rank == 3 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
               swizzle == CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE && uint64_t(address) % 16 == 0 &&
               uint64_t(out) % 64 == 0 && box[0] * 2 <= 128;
   for (int k = 0; k < 3; ++k) fine &= size[k] > 0 && size[k] <= 1ull << 32 && box[k] > 0 && box[k] <= 256 && steps[k] == 1;
   for (int k = 0; k < 2; ++k) fine &= stride[k] % 16 == 0 && stride[k] > 0 && stride[k] < 1ull << 40;
   if (!fine) return CUDA_ERROR_INVALID_VALUE;
-  map.address = uint64_t(address);
   std::memcpy(map.size, size, sizeof map.size), std::memcpy(map.stride, stride, sizeof map.stride), std::memcpy(map.box, box, sizeof map.box);
   std::memset(out, 0xFF, sizeof *out), std::memcpy(out, &map, sizeof map);
   return CUDA_SUCCESS;

@@ -33,7 +33,7 @@ inline void Parser::decode(Instruction& i, const std::string& op, const Args& ar
     needs(0), i.kind = Instruction::kExit;
   } else if (like(parts, "bar|barrier sync aligned?")) {  // of all warps
     whole(nullptr, 1), i.kind = Instruction::kBarrier, i.from = {operand(args[0])};
-  } else if (op == "bar.red.or.pred") {  // of all warps too: decode adds the reduction
+  } else if (op == "bar.red.or.pred") {  // of all warps, which get whether any lane of theirs says so
     whole(nullptr, 3), i.kind = Instruction::kBarrier, i.to = {destination(args[0])}, i.from = {operand(args[1]), operand(args[2])};
   } else if (op == "bar.warp.sync") {
     whole(nothing, 1);

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import gpu
 import torch
+from build import BINDING_FLAGS, CUDA, LIBRARIES
+from build import HERE as HOST
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CUDA, HOST = ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_host"
-INCLUDE = Path(torch.__file__).parent / "include"
 NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -cudart none -Xcompiler -fPIC,-fvisibility=hidden".split()
-BINDING_FLAGS = "-std=c++20 -O1 -fPIC -DEF_CUDA_HOST -DTORCH_TARGET_VERSION=0x020b000000000000".split()
+HOST_FLAGS = "-std=c++20 -O1 -fPIC -DEF_CUDA_HOST".split()
 
 
 def _run(command) -> None:
@@ -41,7 +40,7 @@ def _toolkit() -> Path:
 def library(target: str) -> Path:
     """A library of the kernels compiled for ``target``, with the files of PTX beside it; the machine that it calls is loaded."""
     assert shutil.which("nvcc"), "nvcc is not there"
-    files = [HERE / "cudart.cpp", Path(__file__), *HOST.glob("*.h")]
+    files = [HERE / "cudart.cpp", HERE / "tensor_map.h", Path(__file__), *HOST.glob("*.h")]
     files += [f for folder in (CUDA, CUDA.parent) for f in folder.iterdir() if f.suffix in (".cu", ".cuh", ".h", ".cpp", ".inc")]
     key = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files)) + torch.__version__.encode() + target.encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"ef_ptx_{os.getuid()}" / f"nvcc-{target}-{key}"
@@ -63,15 +62,13 @@ def library(target: str) -> Path:
 def _build(part: Path, target: str) -> None:
     number = target.removeprefix("sm_")
     device = [f"-gencode=arch=compute_{number},code=compute_{number}", "--keep", "--keep-dir", part]
-    torch_flags = [f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include"]
-    host = [os.environ.get("CXX", "g++"), *BINDING_FLAGS, f"-I{HOST}", f"-I{CUDA}"]
+    host = [os.environ.get("CXX", "g++"), *HOST_FLAGS, f"-I{HOST}", f"-I{CUDA}"]
     commands = [["nvcc", *NVCC_FLAGS, *device, "-c", f, "-o", part / f"{f.stem}.o"] for f in sorted(CUDA.glob("*.cu"))]
-    commands += [[*host, *torch_flags, "-c", f, "-o", part / f"{f.stem}.o"] for f in sorted(CUDA.glob("*.cpp"))]
-    commands += [[host[0], *BINDING_FLAGS, f"-I{_toolkit()}", "-c", HERE / "cudart.cpp", "-o", part / "cudart.o"]]
+    commands += [[*host, *BINDING_FLAGS, "-c", f, "-o", part / f"{f.stem}.o"] for f in sorted(CUDA.glob("*.cpp"))]
+    commands += [[host[0], *HOST_FLAGS, f"-I{_toolkit()}", "-c", HERE / "cudart.cpp", "-o", part / "cudart.o"]]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(_run, commands))
-    libraries = f"-L{Path(torch.__file__).parent}/lib -ltorch -ltorch_cpu -lc10".split()
-    _run([host[0], "-shared", *sorted(part.glob("*.o")), *libraries, "-o", part / "bound.so"])
+    _run([host[0], "-shared", *sorted(part.glob("*.o")), *LIBRARIES, "-o", part / "bound.so"])
     for f in part.iterdir():
         if f.suffix not in (".so", ".ptx"):
             f.unlink()

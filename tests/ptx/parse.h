@@ -238,7 +238,6 @@ class Parser {
       out.push_back(written ? destination(x) : operand(x));
     return out;
   }
-  std::vector<int> destinations(const std::string& s) { return operands(s, true); }
 
   // [x + offset] → the row of x; offset is added to `offset`
   int address(const std::string& s, int64_t& offset) {
