@@ -12,7 +12,8 @@ from calls import MMA, WGMMA, gram, project_random
 
 from entangle_fast import reference
 
-pytestmark = pytest.mark.skipif(not COMPILED, reason="of what nvcc made: run by tests/cuda/test_nvcc_runs.py")
+pytestmark = [pytest.mark.skipif(not COMPILED, reason="of what nvcc made: run by tests/cuda/test_nvcc_runs.py"),
+              pytest.mark.usefixtures("poisoned_memory")]  # fmt: skip
 A_WAIT = r"\{\s*\.reg \.pred done;\s*again:\s*mbarrier\.try_wait[^}]*\}"
 # what: source, pattern, its replacement, the calls that must go wrong
 CHANGES = {
