@@ -106,6 +106,26 @@ inline void transpose16(const uint32_t* rows, int64_t ld, uint32_t* out, int64_t
     _mm512_storeu_si512(out + (q + 12) * width, _mm512_shuffle_i32x4(b, d, 0xdd));
   }
 }
+#elif defined(__AVX2__)
+inline void transpose8(const float* rows, int64_t ld, float* out, int64_t width) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)  // columns 0 .. 3, and 4 .. 7, of rows i and i + 4
+    for (int h = 0; h < 2; ++h)
+      r[i + 4 * h] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows + i * ld + 4 * h)), _mm_loadu_ps(rows + (i + 4) * ld + 4 * h), 1);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 8; h += 4) {
+    _mm256_storeu_ps(out + h * width, _mm256_shuffle_ps(t[h], t[h + 2], 0x44));
+    _mm256_storeu_ps(out + (h + 1) * width, _mm256_shuffle_ps(t[h], t[h + 2], 0xee));
+    _mm256_storeu_ps(out + (h + 2) * width, _mm256_shuffle_ps(t[h + 1], t[h + 3], 0x44));
+    _mm256_storeu_ps(out + (h + 3) * width, _mm256_shuffle_ps(t[h + 1], t[h + 3], 0xee));
+  }
+}
 #endif
 
 template <class T>
@@ -118,6 +138,9 @@ void pack(const T* rows, int64_t ld, int64_t count, int64_t units, T* panel, int
 #if defined(__AVX512F__)
   if (sizeof(U) == 4 && count == 16)
     for (; k + 16 <= units; k += 16) transpose16((const uint32_t*)in + k, ld, (uint32_t*)out + k * width, width);
+#elif defined(__AVX2__)
+  if (sizeof(U) == 4 && count == 8)
+    for (; k + 8 <= units; k += 8) transpose8((const float*)in + k, ld, (float*)out + k * width, width);
 #endif
   for (; k < units; ++k)
     for (int64_t i = 0; i < lanes; ++i) {
