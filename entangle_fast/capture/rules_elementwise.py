@@ -6,6 +6,7 @@ The parameter is given a row for each sample; the gradient of that copy is the p
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -80,6 +81,18 @@ def like(recorder, x: Tensor, y: Tensor) -> Tensor:
     if (place := recorder.places.of(x)) is not None:
         recorder.places.put(y, place)
     return y
+
+
+def rounded(rule: Callable) -> Callable:
+    """The rule of a function of which autocast casts all arguments, those that are only added too: its result is in that dtype."""
+
+    def served(recorder, func, args, kwargs):
+        out = rule(recorder, func, args, kwargs)
+        if out is NotImplemented or out.dtype == (dtype := recorder.autocast_dtype(out)):
+            return out
+        return like(recorder, out, out.to(dtype))
+
+    return served
 
 
 def add_parameter(recorder, x: Tensor, p: Tensor) -> Tensor:
@@ -225,7 +238,5 @@ RULES = {
     **dict.fromkeys(_COMPARE, _compared),
     **dict.fromkeys(_BORROW, _borrowed),
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    torch.prelu: _prelu,
-    Tensor.prelu: _prelu,
-    F.prelu: _prelu,
+    **dict.fromkeys((torch.prelu, Tensor.prelu, F.prelu), rounded(_prelu)),
 }

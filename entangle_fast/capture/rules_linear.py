@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -64,6 +65,16 @@ def _linear(recorder, func, args, kwargs):
         return linear_with(recorder, input, weight, bias)
 
     return bind(*args, **kwargs)
+
+
+def not_cast_on_a_cpu(rule: Callable) -> Callable:
+    """The rule of a function that autocast casts on other devices only: ATen's autocast_mode lists them."""
+
+    def served(*args):
+        with torch.autocast("cpu", enabled=False):
+            return rule(*args)
+
+    return served
 
 
 def _transposed(recorder, w: Tensor) -> Tensor:
@@ -155,7 +166,8 @@ def _einsum(recorder, func, args, kwargs):
     if first[layout.axis] not in kept:
         raise CaptureError(f"einsum: {equation!r} sums over the samples of an activation of shape {tuple(x.shape)}")
     layout = replace(layout, axis=kept.index(first[layout.axis]))
-    y = linear_with(recorder, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None, layout)
+    multiplied = linear_with if weight.shape[1] != 1 else not_cast_on_a_cpu(linear_with)  # nothing is added up: torch's mul, not bmm
+    y = multiplied(recorder, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None, layout)
     y = y.unflatten(-1, [sizes[c] for c in produced]) if produced else y.squeeze(-1)
     order = kept + produced
     return y.permute([order.index(c) for c in out])
@@ -171,6 +183,7 @@ def _volume(sizes, labels) -> int:
 RULES = {
     F.linear: _linear,
     torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _matmul,
-    torch.mm: _matmul, Tensor.mm: _matmul, torch.mv: _matmul, Tensor.mv: _matmul, torch.linalg.matmul: _matmul,
+    torch.mm: _matmul, Tensor.mm: _matmul, torch.linalg.matmul: _matmul,
+    **dict.fromkeys((torch.mv, Tensor.mv), not_cast_on_a_cpu(_matmul)),
     torch.einsum: _einsum,
 }  # fmt: skip

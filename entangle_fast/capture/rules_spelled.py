@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import CaptureError
-from .rules_elementwise import like
+from .rules_elementwise import rounded
 from .rules_embedding import embedding, embedding_bag
-from .rules_linear import addmm
+from .rules_linear import addmm, not_cast_on_a_cpu
 from .rules_norm import batch_norm, instance_norm
-from .sources import function_name
+from .sources import function_name, tensors_in
 
 
 def _batch_norm(recorder, func, args, kwargs):
@@ -100,8 +100,8 @@ def _tensordot(a, b, dims=2):
     return _contracted(a, b, *([d] if isinstance(d, int) else d for d in dims))
 
 
-def _inner(input, other):
-    return _contracted(input, other, [-1], [-1]) if input.dim() and other.dim() else input * other
+def _inner(recorder, func, args, kwargs):
+    return (_dots if all(x.dim() for x in tensors_in(args, kwargs)) else _scaled)(recorder, func, args, kwargs)
 
 
 def _convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
@@ -112,18 +112,14 @@ def _convolution(input, weight, bias, stride, padding, dilation, transposed, out
 
 
 _outer = made_of(lambda input, vec2: input.unsqueeze(1) * vec2)
-_added = made_of(_added_product)
+_scaled = made_of(lambda input, other: input * other)
+_dots = rounded(made_of(lambda input, other: _contracted(input, other, [-1], [-1])))
+_added = rounded(made_of(_added_product))
 
 
 def _addmm(recorder, func, args, kwargs):
-    def bind(input, mat1, *_, **__):
-        return mat1
-
     out = addmm(recorder, func, args, kwargs)
-    out = _added(recorder, func, args, kwargs) if out is NotImplemented else out
-    if out is NotImplemented or out.dtype == (dtype := recorder.autocast_dtype(bind(*args, **kwargs))):
-        return out
-    return like(recorder, out, out.to(dtype))  # autocast casts what is added too
+    return _added(recorder, func, args, kwargs) if out is NotImplemented else out
 
 
 RULES = {
@@ -132,15 +128,15 @@ RULES = {
     torch.embedding: _embedding,
     torch.embedding_bag: _embedding_bag,
     torch.index_select: _index_select, Tensor.index_select: _index_select,
-    torch.addmm: _addmm, Tensor.addmm: _addmm,
-    torch.addmv: _added, Tensor.addmv: _added,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), rounded(_addmm)),
+    **dict.fromkeys((torch.addmv, Tensor.addmv), not_cast_on_a_cpu(_added)),
     torch.baddbmm: _added, Tensor.baddbmm: _added,
-    **dict.fromkeys((torch.addr, Tensor.addr), made_of(_added_outer)),
+    **dict.fromkeys((torch.addr, Tensor.addr), not_cast_on_a_cpu(rounded(made_of(_added_outer)))),
     **dict.fromkeys((torch.outer, Tensor.outer, torch.ger, Tensor.ger), _outer),
-    **dict.fromkeys((torch.inner, Tensor.inner), made_of(_inner)),
-    torch.tensordot: made_of(_tensordot),
+    **dict.fromkeys((torch.inner, Tensor.inner), _inner),
+    torch.tensordot: rounded(made_of(_tensordot)),
     torch.chain_matmul: made_of(lambda *matrices: functools.reduce(torch.matmul, matrices)),
     torch.linalg.multi_dot: made_of(lambda tensors: functools.reduce(torch.matmul, tensors)),
-    torch.linalg.vecdot: made_of(lambda x, y, *, dim=-1: (x * y).sum(dim)),
-    torch.convolution: made_of(_convolution),
+    torch.linalg.vecdot: rounded(made_of(lambda x, y, *, dim=-1: (x * y).sum(dim))),
+    torch.convolution: not_cast_on_a_cpu(made_of(_convolution)),
 }  # fmt: skip

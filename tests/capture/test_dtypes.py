@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import entangle_fast as ef
@@ -42,3 +43,63 @@ def test_autocast_of_addmm_casts_what_is_added(bias):
     assert out.dtype == plain.dtype == torch.bfloat16
     product = (x @ params["w"].T).abs().max().item()  # it is rounded here before anything is added
     torch.testing.assert_close(out, plain, rtol=0.016, atol=torch.finfo(out.dtype).eps * product)
+
+
+def drawn(*shapes):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+# parameters' shapes, and a product of x (4, 5, 8) with them
+PRODUCTS = {
+    "linear": ([(3, 8), (3,)], F.linear),
+    "linear, a vector": ([(8,)], F.linear),
+    "linear, of one": ([(3, 1)], lambda x, w: F.linear(x[..., :1], w)),
+    "matmul": ([(8, 3)], torch.matmul),
+    "matmul, a vector": ([(8,)], torch.matmul),
+    "matmul, weight first": ([(3, 8)], lambda x, w: w @ x.mT),
+    "mm": ([(8, 3)], lambda x, w: torch.mm(x[:, 0], w)),
+    "mv": ([(8,)], lambda x, w: torch.mv(x[:, 0], w)),
+    "linalg.matmul": ([(8, 3)], torch.linalg.matmul),
+    "einsum": ([(3, 8)], lambda x, w: torch.einsum("nti,oi->nto", x, w)),
+    "einsum, nothing added up": ([(3,)], lambda x, w: torch.einsum("nti,o->ntio", x, w)),
+    "einsum, of one": ([(3, 1)], lambda x, w: torch.einsum("nti,oi->nto", x[..., :1], w)),
+    "addmm": ([(3,), (8, 3)], lambda x, b, w: torch.addmm(b, x[:, 0], w, beta=2)),
+    "addmm, a bias alone": ([(5,)], lambda x, b: torch.addmm(b, x[:, 0], torch.ones(8, 5))),
+    "addmv": ([(1,), (8,)], lambda x, b, w: torch.addmv(b, x[:, 0], w)),
+    "addmv, a bias alone": ([()], lambda x, b: b.addmv(x[:, 0], torch.ones(8))),
+    "baddbmm": ([(8,)], lambda x, b: torch.baddbmm(b[:5], x, x.mT)),
+    "addr": ([(3,), (3,)], lambda x, b, w: torch.addr(b, x[:, 0, 0], w)),
+    "outer": ([(3,)], lambda x, w: torch.outer(x[:, 0, 0], w)),
+    "inner": ([(3, 8)], torch.inner),
+    "inner, of one": ([(3, 1)], lambda x, w: torch.inner(x[..., :1], w)),
+    "inner, 0-d": ([()], torch.inner),
+    "tensordot": ([(8, 3)], lambda x, w: torch.tensordot(x, w, 1)),
+    "tensordot, nothing added up": ([(3,)], lambda x, w: torch.tensordot(x, w, 0)),
+    "chain_matmul": ([(8, 3), (3, 2)], lambda x, w, v: torch.chain_matmul(x[:, 0], w, v)),
+    "multi_dot": ([(8, 3), (3, 2)], lambda x, w, v: torch.linalg.multi_dot([x[:, 0], w, v])),
+    "vecdot": ([(8,)], torch.linalg.vecdot),
+    "conv1d": ([(3, 5, 3), (3,)], F.conv1d),
+    "convolution": ([(3, 5, 3), (3,)], lambda x, w, b: torch.convolution(x, w, b, [1], [0], [1], False, [0], 1)),
+    "prelu": ([(5,)], torch.prelu),
+    "bmm": ([(8, 3)], lambda x, w: torch.bmm(x, w.expand(len(x), 8, 3))),
+    "attention": ([(5, 8)], lambda x, k: F.scaled_dot_product_attention(x, k.expand(len(x), 5, 8), x)),
+    "bilinear": ([(2, 8, 8)], lambda x, w: F.bilinear(x, x, w)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated", "ignore:There is a performance drop")
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_autocast_rounds_what_it_rounds_without_a_capture(name):
+    """On a CPU it leaves mv, addmv, addr, outer, convolution and products of einsum that add nothing up in float32."""
+    shapes, forward = PRODUCTS[name]
+    x, *values = drawn((4, 5, 8), *shapes)
+    params = {str(i): v.requires_grad_() for i, v in enumerate(values)}
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = forward(x, *params.values())
+        with ef.capture(params, batch_size=4, strict=name != "bilinear") as tape:
+            out = forward(x, *params.values())
+            tape.backward(out.float().square().flatten(1).sum(1) if out.dim() > 1 else out.float().square())
+    assert out.dtype == plain.dtype
+    eps = torch.finfo(plain.dtype).eps
+    torch.testing.assert_close(out, plain, rtol=4 * eps, atol=4 * eps * plain.abs().max().item())
