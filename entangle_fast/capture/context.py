@@ -39,7 +39,8 @@ def capture(
 
     Yields: a Tape.
 
-    Raises: CaptureError (no trainable parameter, BatchNorm in train mode, an unknown function, …).
+    Raises: CaptureError (no trainable parameter, BatchNorm in train mode, an unknown function, …). Of a model that checkpoints its
+    activations a backward that is not the tape's may end in torch's CheckpointError: its forwards run again without the capture.
 
     On a GPU the host waits for nothing but two looks at indices, and for what strict=False maps: are rows of a trainable table that are
     the same for every sample (positions) all different, and are samples that are picked by a tensor in their order?

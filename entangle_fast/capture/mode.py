@@ -47,7 +47,7 @@ class CaptureMode(TorchFunctionMode):
         recorder = self._recorder()
         if func is torch.autograd.grad:
             with recorder.gradients_asked(kwargs.get("create_graph", len(args) > 4 and args[4])):
-                return func(*args, **kwargs)
+                return self._grad(*args, **kwargs) if recorder.recomputes else func(*args, **kwargs)
         if recorder.idle:
             return func(*args, **kwargs)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -66,6 +66,21 @@ class CaptureMode(TorchFunctionMode):
             out = self._with_parameters(func, args, kwargs, inputs, watched)
         recorder.places.follow(func, args, kwargs, inputs, out)
         return out
+
+    def _grad(self, outputs, inputs, *, grad_outputs, retain_graph, create_graph, allow_unused, is_grads_batched, materialize_grads, **_):
+        """torch.autograd.grad, which hands itself to the mode: that would be off for the forwards that run again inside."""
+        if is_grads_batched:
+            raise CaptureError("torch.autograd.grad(…, is_grads_batched=True): capture has no rule for it under activation checkpointing; "
+                               "ask for one gradient after the other")  # fmt: skip
+        seeds = torch.autograd._tensor_or_tensors_to_tuple(grad_outputs, len(outputs))
+        seeds = torch.autograd._make_grads(outputs, seeds, is_grads_batched=False)
+        with self:
+            found = torch.autograd.Variable._execution_engine.run_backward(
+                outputs, seeds, create_graph if retain_graph is None else retain_graph, create_graph, inputs,
+                allow_unreachable=bool(materialize_grads if allow_unused is None else allow_unused), accumulate_grad=False,
+            )  # fmt: skip
+        return tuple(torch.zeros_like(x, requires_grad=create_graph) if g is None and materialize_grads else g
+                     for x, g in zip(inputs, found))  # fmt: skip
 
     def _hook(self, x: Tensor, hook):
         """A hook on a weight's gradient may look on (it sees what is pulled back through x), not change it; others are followed."""

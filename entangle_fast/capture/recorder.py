@@ -109,6 +109,11 @@ class Recorder:
         finally:
             self.batch_dim = before
 
+    @property
+    def running_again(self) -> bool:
+        """What forward there is now is a checkpointed one, for a backward."""
+        return self.begun or self.asked
+
     @contextlib.contextmanager
     def gradients_asked(self, again: bool):
         """The model asks for gradients of its activations: nothing is recorded. again: to differentiate them once more."""
@@ -143,7 +148,7 @@ class Recorder:
         source = self.sources[p]
         if p.is_complex():
             raise CaptureError(f"{self.describe(p)}: complex numbers; capture has rules for real ones only; freeze it")
-        if not self.begun:  # a recomputed forward records nothing of its own
+        if not self.running_again:  # it records nothing of its own
             for i in source.params:
                 self.pending[i] = self.pending.get(i, 0) + 1
         cut = source.cut

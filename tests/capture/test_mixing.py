@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Case, agree
+from oracle import Case, agree, flat, per_sample, tape_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from zoo import Via, lively, simple, squares, weight
 
 import entangle_fast as ef
@@ -189,6 +190,36 @@ def test_gradients_that_the_model_takes_itself():
     for forward, why in ((penalty, "gradient of a gradient"), (own_backward, "not the tape's")):
         with pytest.raises(ef.CaptureError, match=why):
             agree(simple(Via(forward, **layers), 6))
+
+
+SEEDS = {"": {}, "seeds": dict(grad_outputs=torch.ones(4, 6).double().cumsum(1)), "materialized": dict(materialize_grads=True)}
+
+
+@pytest.mark.parametrize("stream", [(), ("sqnorms",)])
+@pytest.mark.parametrize("name", SEEDS)
+def test_gradients_that_a_checkpointed_model_takes_itself(name, stream):
+    """Torch compares shapes only, and its own linear layer keeps a square weight the other way round than capture's does."""
+    def forward(s, x):
+        x, aside = x.detach().requires_grad_(), torch.ones(6, dtype=x.dtype, requires_grad=True)
+        y = checkpoint(lambda x: s.a(x).tanh(), x, use_reentrant=False)
+        (g, none) = torch.autograd.grad(y if name == "seeds" else y.square().sum(), (x, aside), retain_graph=True, allow_unused=True,
+                                        **SEEDS[name])  # fmt: skip
+        assert torch.equal(none, torch.zeros(6)) if name == "materialized" else none is None
+        return y * g.sum(1, keepdim=True)
+
+    case = simple(Via(forward, a=nn.Linear(6, 6)), 6)
+    batch = case.batch(4)
+    want = flat(per_sample(case, batch)).square().sum(1)
+    torch.testing.assert_close(tape_of(case, batch, stream=stream).sqnorms(), want)
+
+
+def test_gradients_of_a_checkpointed_model_by_batches_of_seeds():
+    def forward(s, x):
+        y = checkpoint(s.a, x.requires_grad_(), use_reentrant=False)
+        return y + torch.autograd.grad(y, x, torch.ones(2, *y.shape).double(), retain_graph=True, is_grads_batched=True)[0][0]
+
+    with pytest.raises(ef.CaptureError, match="is_grads_batched=True.: capture has no rule for it under activation checkpointing; ask"):
+        agree(simple(Via(forward, a=nn.Linear(6, 6)), 6))
 
 
 @pytest.mark.parametrize("t", [(), (4,)])
