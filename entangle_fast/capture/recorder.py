@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from .errors import CaptureError
 from .factors import Factor
@@ -52,6 +53,7 @@ class Recorder:
         self.active = False  # inside the `with`
         self.idle = False  # the forward is over: what runs inside the `with` now is not watched
         self.recomputes = False  # the forward runs again in the backward (activation checkpointing)
+        self.found: dict | None = None  # a forward that will run again found n: the layouts that it met, by who asked and the shape
         self.remakes: list = []  # weak references to the inputs that will be made again (remake.py)
         self.exposed = False  # an activation may have been written to behind autograd's back
         self.running = False  # the tape's own backward
@@ -89,6 +91,7 @@ class Recorder:
                 raise CaptureError(f"{where}: an activation of shape {tuple(x.shape)} has no dimension {axis} for the samples")
             self.n = x.shape[axis]
             self.places.put(x, Place(axis))
+            self.found = {} if self.recomputes else None
         place = self.places.of(x)
         if place is None and x.requires_grad:  # from code that cannot be followed
             place = self.places.guess(x)
@@ -98,7 +101,18 @@ class Recorder:
                 f"{where}: the {self.n} samples are not to be found in an activation of shape {tuple(x.shape)}: {why}; if the "
                 "batch was guessed wrong, say ef.capture(model, batch_size=…, batch_dim=0 or 1); otherwise freeze the parameter"
             )
-        return Layout(self.n, place.axis, place.outer, place.inner)
+        layout = Layout(self.n, place.axis, place.outer, place.inner)
+        if self.found is not None:
+            self._compare_with_before(where, x, layout)
+        return layout
+
+    def _compare_with_before(self, where: str, x: Tensor, layout: Layout) -> None:
+        """n, not known when this forward began, is known when it runs again: what comes before it was found is followed only then."""
+        before = self.found.setdefault((where, tuple(x.shape)), set())
+        if not self.running_again:
+            before.add(layout)
+        elif before != {layout}:
+            raise CaptureError(f"{where}: {_FOUND_INSIDE} an activation of shape {tuple(x.shape)}{_SAY_IT}")
 
     @contextlib.contextmanager
     def positions_first(self):
@@ -216,6 +230,10 @@ class Recorder:
                     with torch.inference_mode(False), torch.enable_grad():
                         total = losses.sum()
                     torch.autograd.backward(total, inputs=[self.anchor])
+            except CheckpointError as error:
+                if self.found is None:
+                    raise
+                raise CaptureError(f"{_FOUND_INSIDE} its activations{_SAY_IT}") from error
             finally:
                 self.idle, self.running, self.anchor.grad = True, False, None
         if self.stream is not None:
@@ -230,3 +248,10 @@ class Recorder:
                     f"{self.named(source)}: a tensor of shape {tuple(x.shape)} that its per-sample gradients are made of was written to "
                     "in place since the backward; ask the tape before that, or give the model a copy (x.clone())"
                 )
+
+
+_FOUND_INSIDE = "activation checkpointing: the number of samples was found inside a forward that runs again, where they may be elsewhere in"
+_SAY_IT = (
+    " than at first; say ef.capture(parameters, batch_size=…), and batch_dim=1 where positions stand before samples, or compute what its "
+    "first parameter meets outside of it"
+)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agree, tape_of
+from oracle import Case, agree, per_sample, tape_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO, Via, lively, simple, squares, weight
@@ -201,6 +201,41 @@ def test_reentrant_checkpoint():
     model = lively(Via(lambda s, x: s.b(checkpoint(s.a, x.requires_grad_(), use_reentrant=True)), a=nn.Linear(6, 6), b=nn.Linear(6, 3)))
     with pytest.raises(ef.CaptureError, match="use_reentrant=False"):
         run(model, 6)
+
+
+def product(x, q):  # no rule: ellipsis
+    return torch.einsum("...i,oi->...o", x, q)
+
+
+WEIGHT = weight(4, 4).detach().double().requires_grad_()
+FOUND_INSIDE = {
+    "another dimension": lambda x, q: product(x.expand(4, 4, 4), q),
+    "another dimension, which others are in": lambda x, q: product(product(x.expand(4, 4, 4), q).transpose(0, 1), q).transpose(0, 1),
+    "no dimension": lambda x, q: (q @ x[:, :3].tanh()).T,
+}
+
+
+@pytest.mark.parametrize("name", FOUND_INSIDE)
+def test_a_checkpointed_forward_that_says_how_many_samples_there_are(name):
+    """When it runs again x, which is smaller, counts as the batch."""
+    x = torch.randn(4, 4).double()
+    with pytest.raises(ef.CaptureError, match="checkpointing: .* than at first; say .*batch_size"), \
+            ef.capture({"q": WEIGHT}, strict=False) as tape:  # fmt: skip
+        tape.backward(squares(checkpoint(FOUND_INSIDE[name], x, WEIGHT, use_reentrant=False)))
+
+
+@pytest.mark.parametrize("forward, shape, options", [
+    (lambda x, q: checkpoint(product, x.expand(4, 4, 4), q, use_reentrant=False), (4, 4), dict(strict=False)),
+    (lambda x, q: checkpoint(lambda x: x.tanh() @ q, x, use_reentrant=False), (4, 4, 4), {}),
+    (lambda x, q: checkpoint(FOUND_INSIDE["no dimension"], x, q, use_reentrant=False), (4, 4), dict(batch_dim=1)),
+    (lambda x, q: checkpoint(lambda x: product(x.expand(4, 4, 4), q), x, use_reentrant=False).transpose(0, 1), (4, 4),
+     dict(strict=False, batch_size=4)),
+])  # fmt: skip
+def test_a_checkpointed_forward_that_finds_the_samples_again(forward, shape, options):
+    case = Case({"q": WEIGHT}, lambda n: {"x": torch.randn(shape).double()}, lambda p, b: squares(forward(b["x"], p["q"])),
+                options=options)  # fmt: skip
+    found = tape_of(case, batch := case.batch(4)).per_sample()
+    torch.testing.assert_close(found, per_sample(case, batch))
 
 
 def test_unbatched_input():
