@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 
 from .errors import CaptureError
 from .factors import DenseFactor
@@ -158,28 +159,62 @@ def through_vmap(recorder, func, args, kwargs):
     if any(layout.flat for layout in layouts.values()):
         raise CaptureError(f"{what}: positions are folded into the dimension of the samples; give them one of their own, or freeze it")
 
-    def per_sample(x):
+    def per_sample(x, copy=lambda x: per_sample_copy(recorder, x), value=lambda x: x):
         if isinstance(x, Tensor) and x in recorder.sources:
-            return per_sample_copy(recorder, x), 0
+            return copy(x), 0
         if isinstance(x, Tensor) and id(x) in layouts:
             axis = layouts[id(x)].axis
-            return x.unsqueeze(axis + 1), axis  # the function still sees a batch, of one
-        return x, None
+            return value(x).unsqueeze(axis + 1), axis  # the function still sees a batch, of one
+        return value(x), None
+
+    def mapped(**how):
+        pairs = [per_sample(x, **how) for x in args]
+        named = {k: per_sample(x, **how) for k, x in kwargs.items()}
+        try:
+            return torch.func.vmap(
+                lambda a, k: func(*a, **k), (tuple(d for _, d in pairs), {k: d for k, (_, d) in named.items()}), randomness="different",
+            )(tuple(x for x, _ in pairs), {k: x for k, (x, _) in named.items()})  # fmt: skip
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CaptureError(
+                f"{what}: torch.func.vmap cannot map it over the samples ({error}); freeze its parameters with requires_grad_(False)"
+            ) from error
+
+    def joined(out, want):
+        return tree_map(lambda y, z: _joined(recorder, what, y, z) if isinstance(y, Tensor) else y, out, want)
 
     with torch.no_grad():
-        copies = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
-        plain = func(*copies[0], **copies[1])
-    pairs = [per_sample(x) for x in args]
-    named = {k: per_sample(x) for k, x in kwargs.items()}
+        plain = _called(func, args, kwargs, _copied)
+        if any(map(_narrow, tensors_in(plain))):  # rounding would hide a small mixture
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                if (exact := _in_float32(func, args, kwargs)) is not None:
+                    joined(mapped(copy=lambda x: _widened(x).expand(recorder.n, *x.shape), value=lambda x: tree_map(_widened, x)), exact)
+    return joined(mapped(), plain)
+
+
+def _called(func, args, kwargs, copy):
+    """On copies of its tensors: it may write to them."""
+    args, kwargs = tree_map(copy, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _in_float32(func, args, kwargs):
+    """None where it takes 16-bit numbers alone."""
     try:
-        out = torch.func.vmap(
-            lambda a, k: func(*a, **k), (tuple(d for _, d in pairs), {k: d for k, (_, d) in named.items()}), randomness="different",
-        )(tuple(x for x, _ in pairs), {k: x for k, (x, _) in named.items()})  # fmt: skip
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise CaptureError(
-            f"{what}: torch.func.vmap cannot map it over the samples ({error}); freeze its parameters with requires_grad_(False)"
-        ) from error
-    return torch.utils._pytree.tree_map(lambda y, want: _joined(recorder, what, y, want) if isinstance(y, Tensor) else y, out, plain)
+        return _called(func, args, kwargs, _widened)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _copied(x):
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _widened(x):
+    return x.float() if _narrow(x) else _copied(x)
+
+
+def _narrow(x) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize == 2
 
 
 def _joined(recorder, what: str, rows: Tensor, want: Tensor) -> Tensor:

@@ -62,6 +62,53 @@ def test_a_mixture_of_samples_of_any_size(size, dtype):
         model(x)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("share", [0.05, 0.002])
+@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
+def test_a_mixture_that_rounding_to_16_bits_would_hide(dtype, autocast, share):
+    """Each sample takes up a share of its neighbour."""
+    w = torch.eye(6).expand(3, 6, 6) * torch.tensor([share, 1.0, 0.0])[:, None, None]
+    model = Via(lambda s, x: torch.conv_tbc(x, s.w, s.b, 1), w=nn.Parameter(w.clone()), b=nn.Parameter(torch.zeros(6))).to(dtype)
+    with pytest.raises(ef.CaptureError, match="conv_tbc: it gives other values for the batch"), ef.capture(model, strict=False), \
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # fmt: skip
+        model(torch.randn(N, 50, 6).to(dtype))
+
+
+@torch.library.custom_op("test_general_path::halved", mutates_args=())
+def halved(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    if x.dtype == torch.float32:
+        raise TypeError("halved: takes 16-bit numbers alone")
+    return x * w / 2
+
+
+halved.register_vmap(lambda info, dims, x, w: (halved(x.movedim(dims[0], 0), w.movedim(dims[1], 0)[:, None, None]), 0))
+halved.register_autograd(
+    lambda ctx, g: (g * ctx.saved_tensors[1] / 2, (g * ctx.saved_tensors[0] / 2).sum_to_size(ctx.saved_tensors[1].shape)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+IN_16_BITS = {
+    "bilinear": (nn.Bilinear(6, 6, 2), lambda s, x: s.m(x[:, 0], x[:, 1])),
+    "cdist": (nn.Linear(6, 3), lambda s, x: torch.cdist(x.float(), s.m.weight.float()).to(x.dtype)),
+    "cosine": (weight(6), lambda s, x: F.cosine_similarity(x, s.m, dim=2)),
+    "gru_cell": (nn.GRUCell(6, 2), lambda s, x: s.m(x[:, 0])),
+    "embedding_bag": (bag(), lambda s, x: s.m(ids(x))),
+    "conv_transpose1d": (nn.ConvTranspose1d(5, 2, 3), lambda s, x: s.m(x)),
+    "a write": (weight(6), lambda s, x: x.clone().masked_fill_(x > 1, s.m[0])),
+    "another library's": (weight(6), lambda s, x: torch.ops.test_general_path.halved(x, s.m)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", IN_16_BITS)
+def test_rounding_to_16_bits_is_no_mixture(name, dtype):
+    member, forward = IN_16_BITS[name]
+    model, x = Via(forward, m=member).to(dtype), torch.randn(64, 5, 6).to(dtype)
+    with ef.capture(model, strict=False) as tape:
+        tape.backward(squares(model(x).float()))
+    assert tape.gram().isfinite().all() and tape.gram().any()
+
+
 SAME = lambda s, x: x[:, 0, :2] @ s.m(torch.arange(4).view(2, 2))  # noqa: E731  the same bags for every sample
 REFUSED = {
     "scale_grad_by_freq": (bag("mean", scale_grad_by_freq=True), lambda s, x: s.m(ids(x)), "max_norm and scale_grad_by_freq make an"),
