@@ -36,6 +36,16 @@ def per_sample(losses, n: int, output=None) -> Tensor:
     return losses
 
 
+def _brought(loss: Loss, device: torch.device) -> Loss:
+    """The loss with its losses on this device: the caller's may compute them elsewhere."""
+
+    def at_home(output, y):
+        losses = loss(output, y)
+        return losses.to(device) if isinstance(losses, Tensor) else losses
+
+    return at_home
+
+
 def square(tensors: Sequence[Tensor]) -> Tensor:
     """‖x‖² over many tensors, 0-d float64, in one pass."""
     return ops.step_gram([tensors])[0, 0]
@@ -60,13 +70,14 @@ class Process(ABC):
     """
 
     def __init__(self, config, model: nn.Module, data: Data, loss: Loss = sample_cross_entropy, seed: int = 0):
-        self.config, self.model, self.data, self.loss, self.seed = config, model, data, loss, seed
+        self.config, self.model, self.data, self.seed = config, model, data, seed
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("model: no trainable parameter; set requires_grad_(True) on those that shall be changed")
         if len({p.device for p in self.params}) > 1 or len({p.dtype for p in self.params}) > 1:
             kinds = sorted({f"{p.dtype} on {p.device}" for p in self.params})
             raise ValueError(f"model: parameters are {', '.join(kinds)}; need one dtype on one device: model.to(...)")
+        self.loss = _brought(loss, self.params[0].device)
         self.done = 0
         self.stopped = False  # a method may end before its last step
         self._unread: list[tuple[Tensor, Callable[[bool], None]]] = []  # on the device, and who is told
@@ -158,8 +169,7 @@ class Process(ABC):
         unread, self._unread = self._unread, []
         if unread:
             flags, answers = zip(*unread)
-            device = self.params[0].device  # a loss may be computed elsewhere
-            for flag, answer in zip(torch.stack([flag.to(device) for flag in flags]).tolist(), answers):
+            for flag, answer in zip(torch.stack(flags).tolist(), answers):
                 answer(flag)
 
     def _refuse_unless(self, what: str, finite: bool) -> None:
