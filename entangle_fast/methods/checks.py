@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .data import SampleSet
 from .process import Loss, per_sample
 from .training import draws_undone, in_mode
@@ -67,9 +69,9 @@ def _output(model: nn.Module, name: str, x: Tensor, trains: bool):
 
 
 def _check_classes(name: str, output, n: int, labels: Tensor) -> None:
-    if not isinstance(output, Tensor) or output.dim() != 2:
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model: gives {got} for {n} samples; needs logits (n, classes): wrap it in a module that returns them")
+        raise ValueError(f"model: gives {got} for {n} samples; needs logits (n, C), C >= 2: {ops.check.logits_mend(output)}")
     width = output.shape[1]
     if labels.min() < 0 or labels.max() >= width:
         bad = int(labels.max()) if labels.max() >= width else int(labels.min())
@@ -80,7 +82,8 @@ def _check_classes(name: str, output, n: int, labels: Tensor) -> None:
 def check_loss(loss: Loss, output, y: Tensor) -> None:
     """Raise ValueError or TypeError unless loss(output, y) is (n,), and has a gradient where ``output`` has one.
 
-    That the arguments are swapped is told by their names, or by the loss serving that way only.
+    That the arguments are swapped is told by their names, or by the loss serving that way only; so is an output (n, 1), or labels that
+    are no floating-point numbers, as of binary cross-entropy.
     """
     mend = "it is called as loss(output, y): give lambda output, y: loss(y, output)"
     names = _first_two(loss)
@@ -89,18 +92,36 @@ def check_loss(loss: Loss, output, y: Tensor) -> None:
     try:
         per_sample(loss(output, y), len(y), output)
     except CALLERS as error:
-        if _serves(loss, y, output):
+        if _serves(loss, y, output, output):
             raise ValueError(f"loss: serves as loss(y, output) only, but {mend}") from error
+        for form, *given in _forms(output, y):
+            if _serves(loss, *given, output):
+                raise ValueError(f"loss: serves as {form} only, but with {_said(output)} and {_said(y)} it is called as loss(output, y): "
+                                 f"give lambda output, y: {form}") from error  # fmt: skip
         if str(error).startswith("loss: "):
             raise
         raise ValueError(f"loss: raised {type(error).__name__} when called as loss(output, y) with {_said(output)} and {_said(y)}: "
                          f"{error}; needs a function (output, y) → per-sample losses (n,)") from error  # fmt: skip
 
 
-def _serves(loss: Loss, *swapped) -> bool:
+def _forms(output, y: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Other arguments that a loss may be made for, and how they are spelled: no dimension of one, labels like the output."""
+    if not isinstance(output, Tensor):
+        return
+    outputs, labels = [("output", output)], [("y", y)]
+    for name, forms in (("output", outputs), ("y", labels)):
+        if (x := forms[0][1]).dim() == 2 and x.shape[1] == 1:
+            forms.append((f"{name}.squeeze(1)", x.squeeze(1)))
+    if not y.is_floating_point():
+        labels += [(f"{name}.float()", x.float()) for name, x in labels]
+    for (left, x), (right, z) in product(outputs, labels):
+        yield f"loss({left}, {right})", x, z
+
+
+def _serves(loss: Loss, first, second, output) -> bool:
     """Whether the loss takes these."""
     try:
-        per_sample(loss(*swapped), len(swapped[0]), swapped[1])
+        per_sample(loss(first, second), len(first), output)
     except Exception:  # whatever it says of arguments that it was not made for
         return False
     return True

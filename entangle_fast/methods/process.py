@@ -28,8 +28,10 @@ def per_sample(losses, n: int, output=None) -> Tensor:
         raise TypeError(f"loss: gave a {type(losses).__name__} for {n} samples; needs a tensor ({n},), one loss per sample: "
                         f"{ops.check.losses_mend(losses)}")  # fmt: skip
     if losses.shape != (n,):
-        raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs one per sample, ({n},), not reduced: "
-                         "reduction='none'")  # fmt: skip
+        mend = ".squeeze(1)" if losses.shape == (n, 1) else "reduction='none'"
+        raise ValueError(f"loss: gave shape {tuple(losses.shape)} for {n} samples; needs one per sample, ({n},), not reduced: {mend}")
+    if not losses.is_floating_point():
+        raise ValueError(f"loss: gave {losses.dtype} losses; needs real floating-point ones: .float(), or .real where they are complex")
     if isinstance(output, Tensor) and output.requires_grad and not losses.requires_grad:
         raise ValueError("loss: gave losses without a gradient; needs them computed from the output with torch: no .detach(), .item(), "
                          "numpy or torch.no_grad on the way")  # fmt: skip

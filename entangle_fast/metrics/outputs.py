@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..methods.data import Samples, SampleSet, answers
 from ..methods.training import device_of
+from ..ops import check
 
 
 def logits(
@@ -49,7 +50,7 @@ def check_logits(out, n: int) -> None:
     """Raise ValueError unless ``out`` are class logits (n, C), C >= 2."""
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != n or out.shape[1] < 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise ValueError(f"model: gave {got} for {n} samples; needs class logits (n, C), C >= 2: wrap it in a module that returns them")
+        raise ValueError(f"model: gave {got} for {n} samples; needs class logits (n, C), C >= 2: {check.logits_mend(out)}")
 
 
 def check_labels(out: Tensor, y: Tensor, name: str = "y") -> None:

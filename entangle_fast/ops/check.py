@@ -168,6 +168,14 @@ def losses_mend(got) -> str:
     return "return them" if got is None else "torch.stack them, if they are one for each sample"
 
 
+def logits_mend(output) -> str:
+    """How what is no logits of two classes or more becomes them."""
+    if isinstance(output, Tensor) and (output.dim() == 1 or output.dim() == 2 and output.shape[1] == 1):
+        both = f"torch.{'stack' if output.dim() == 1 else 'cat'}([torch.zeros_like(z), z], 1)"
+        return f"wrap it in a module that returns {both} of its one logit z, whose cross-entropy is the binary one"
+    return "wrap it in a module that returns them"
+
+
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     require(value in known, f"{name}: got {value!r}; needs one of {', '.join(map(repr, known))}")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from entangle_fast.methods.checks import check_samples
 from entangle_fast.methods.data import SampleSet
+from entangle_fast.metrics.outputs import check_logits
 
 X, Y = sets()["adjacent"]
 HOT = nn.functional.one_hot(Y, 4)
@@ -53,15 +55,33 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("wrap, got", [
     (lambda y: (y, None), "tuple"), (lambda y: {"logits": y}, "dict"),
-    (lambda y: y[:, 0], r"shape \(16,\)"), (lambda y: y[:, None], "shape"),
+    (lambda y: y[:, None], r"shape \(16, 1, 4\)"),
 ])  # fmt: skip
 def test_a_model_that_gives_no_logits(wrap, got):
-    with pytest.raises(ValueError, match=f"model: gives {got}.* for 16 samples; needs logits .n, classes."):
+    with pytest.raises(ValueError, match=f"model: gives {got} for 16 samples; needs logits .n, C., C >= 2: .* returns them$"):
         check((X, Y), model=Wrapped(wrap))
+
+
+@pytest.mark.parametrize("one, both", [(lambda y: y[:, 0], "stack"), (lambda y: y[:, :1], "cat")])
+def test_a_model_of_one_logit(one, both):
+    """What the error names: two logits of the same cross-entropy."""
+    error = rf"; needs .*logits \(n, C\), C >= 2: .* returns torch.{both}\(\[torch.zeros_like\(z\), z\], 1\)"
+    with pytest.raises(ValueError, match=r"model: gives shape \(16.*\) for 16 samples" + error):
+        check((X, Y), model=Wrapped(one), loss=bce)
+    z = one(net()(X)).detach()
+    with pytest.raises(ValueError, match=r"model: gave \(\d+.*\) for \d+ samples" + error):
+        check_logits(z, len(X))
+    logits, y = getattr(torch, both)([torch.zeros_like(z), z], 1), (Y > 0).long()
+    check_logits(logits, len(X))
+    torch.testing.assert_close(ce(logits, y), bce(z.flatten(), y.float()))
 
 
 def ce(output, y):
     return nn.functional.cross_entropy(output, y, reduction="none")
+
+
+def bce(output, y):
+    return nn.functional.binary_cross_entropy_with_logits(output, y, reduction="none")
 
 
 def raising(output, y):
@@ -81,6 +101,9 @@ SWAP = "it is called as loss.output, y.: give lambda output, y: loss.y, output."
     (lambda output, y: ce(output, y).mean(), ValueError,
      r"loss: gave shape \(\) for 16 samples; needs one per sample, \(16,\), not reduced"),
     (nn.CrossEntropyLoss(), ValueError, r"loss: gave shape \(\) for 16 samples"),
+    (lambda output, y: ce(output, y)[:, None], ValueError, r"loss: gave shape \(16, 1\) .* not reduced: .squeeze\(1\)"),
+    (lambda output, y: (output.argmax(1) != y).long(), ValueError, "loss: gave torch.int64 losses; needs real floating-point ones: .float"),
+    (lambda output, y: ce(output, y) * 1j, ValueError, "loss: gave torch.complex64 losses; needs real .*, or .real where they are complex"),
     (lambda output, y: output, ValueError, r"loss: gave shape \(16, 4\) for 16 samples"),
     (lambda a, b: ce(b, a), ValueError, f"loss: serves as loss.y, output. only, but {SWAP}"),
     (lambda labels, logits: (logits - labels[:, None]).square().sum(1), ValueError, f"loss: its arguments are .labels, logits., {SWAP}"),
@@ -91,6 +114,20 @@ def test_a_loss_that_is_none(loss, error, message):
     with pytest.raises(error, match=message) as raised:
         check((X, Y), loss=loss)
     assert loss is not raising or isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("wrap, y, form", [
+    (lambda z: z[:, :1], Y.float(), "loss(output.squeeze(1), y)"),
+    (lambda z: z[:, :1], Y, "loss(output.squeeze(1), y.float())"),
+    (lambda z: z[:, 0], Y, "loss(output, y.float())"),
+    (lambda z: z[:, 0], Y[:, None].float(), "loss(output, y.squeeze(1))"),
+    (lambda z: z[:, :1], Y[:, None], "loss(output.squeeze(1), y.squeeze(1).float())"),
+])  # fmt: skip
+@pytest.mark.parametrize("loss", [bce, nn.BCEWithLogitsLoss(reduction="none")])
+def test_a_binary_loss_that_serves_in_another_form(loss, wrap, y, form):
+    with pytest.raises(ValueError, match=re.escape(f"loss: serves as {form} only, but with (16") + f".*: give .*{re.escape(form)}$"):
+        check((X, y), loss=loss, classes=False, model=Wrapped(wrap))
+    check((X, y), loss=eval(f"lambda output, y: {form}", {"loss": loss}), classes=False, model=Wrapped(wrap))
 
 
 @pytest.mark.parametrize("loss", [ce, nn.CrossEntropyLoss(reduction="none"), lambda y_hat, y: ce(y_hat, y), lambda *both: ce(*both)])
