@@ -329,6 +329,7 @@ _KINDS: dict[str, Callable] = {
     "Sequence[int]": _several(_whole, "a list of whole numbers"),
     "tuple[float, float]": _several(_number, "two numbers", 2),
     "str": _kind(str, "a string"),
+    "torch.Generator": _kind(torch.Generator, "a torch.Generator, as torch.Generator().manual_seed(0) is"),
     "Callable": lambda name, x: "" if callable(x) else f"{name}: got {_got(x)}; needs a function",
     "nn.Module": _kind(nn.Module, "a torch.nn.Module"),
     "None": lambda name, x: "" if x is None else f"{name}: got {_got(x)}; needs None",

@@ -14,7 +14,10 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
 
     gram: (m, m) of the objectives' gradients → weights (m,) float64 of the sum of the projected gradients; NaN where the
         Gram is not finite.
-    generator: draws the order in which the others are visited; None visits them in index order.
+    generator: draws the order in which the others are visited; None visits them in index order. On any device, whatever the
+        Gram's: a generator draws the same orders for a Gram on the CPU and on a GPU.
+
+    Raises: ValueError for a Gram that is not square, TypeError for what is no torch.Generator.
 
     >>> import torch, entangle_fast as ef
     >>> g = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])            # two objectives in conflict
@@ -27,7 +30,7 @@ def pcgrad(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     for i in range(m):
         w = torch.zeros_like(total)
         w[i] = 1
-        order = range(m) if generator is None else torch.randperm(m, generator=generator).tolist()
+        order = range(m) if generator is None else torch.randperm(m, generator=generator, device=generator.device).tolist()
         for j in order:
             if j != i:
                 dot = k[j] @ w  # <g_j, current>

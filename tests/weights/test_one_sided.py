@@ -37,6 +37,14 @@ def test_pcgrad(m):
     torch.testing.assert_close(found @ g, plain_pcgrad(g, orders))
 
 
+def test_pcgrad_draws_on_the_generators_device():
+    k = (g := gradients(6)) @ g.T
+    wanted = weights.pcgrad(k, generator=torch.Generator().manual_seed(5))
+    with torch.device("meta"):  # as where everything is made on a GPU by default, and neither the Gram nor the generator is
+        found = weights.pcgrad(k, generator=torch.Generator("cpu").manual_seed(5))
+    assert torch.equal(found, wanted)
+
+
 def test_pcgrad_of_two_conflicts_with_neither():
     g = gradients(2)
     assert (g @ (weights.pcgrad(g @ g.T) @ g) >= -1e-12).all()
@@ -105,3 +113,6 @@ def test_refusals():
     for f in (weights.pcgrad, weights.upgrad):
         with pytest.raises(ValueError, match="gram: shape .2, 3.; needs .m, m."):
             f(torch.zeros(2, 3))
+    for wrong in (5, True, "cpu"):
+        with pytest.raises(TypeError, match=f"generator: got {'True' if wrong is True else type(wrong).__name__}; needs a torch.Generator"):
+            weights.pcgrad(torch.eye(2), generator=wrong)
