@@ -126,7 +126,7 @@ def unlearn(
     with _plainly(debug, folder, again):
         from entangle_fast.job_config import unlearn_from_config
 
-        unlearn_from_config(job, resume=resume, overwrite=overwrite)
+        unlearn_from_config(job, beside=config.parent, resume=resume, overwrite=overwrite)
         _show(folder)
 
 

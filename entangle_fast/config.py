@@ -42,7 +42,10 @@ class TaskConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """factory: "package.module:callable", called with kwargs; weights: its safetensors file, if any."""
+    """factory: "package.module:callable", called with kwargs; weights: its safetensors file, if any.
+
+    The module is one that is installed, or a file beside the config file, or in the current folder: looked for in this order.
+    """
 
     factory: str
     weights: str | None = None

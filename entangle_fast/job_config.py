@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -16,9 +21,10 @@ from .report import CHECKPOINT, CONFIG, REPORT
 from .result import Result
 
 
-def unlearn_from_config(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> Result:
+def unlearn_from_config(config: RunConfig, *, beside: Path = Path(), resume: bool = False, overwrite: bool = False) -> Result:
     """The job of ``entangle-fast unlearn CONFIG.toml``: task and model from the config, artefacts into config.run.out.
 
+    beside: the folder of the config file, where model.factory is looked for after what is installed and before the current folder.
     resume, overwrite and what is raised: as in `unlearn`.
     """
     options = config.run
@@ -26,7 +32,7 @@ def unlearn_from_config(config: RunConfig, *, resume: bool = False, overwrite: b
     if options.threads:
         torch.set_num_threads(options.threads)
     task = load_task(config.task)
-    model = _load_model(config.model)
+    model = _load_model(config.model, beside)
     try:
         model.to(options.device)
     except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
@@ -60,11 +66,28 @@ def load_task(c: TaskConfig):
         raise in_keys(error, _TASK_KEYS, ("task", "path") if isinstance(error, OSError) else ("task",)) from error
 
 
-def _load_model(c: ModelConfig) -> nn.Module:
+@contextlib.contextmanager
+def _importing_from(folders: list[str]) -> Iterator[None]:
+    """Modules are found there too, for a while, and last: a file of theirs hides nothing that is installed."""
+    added = [folder for folder in folders if folder not in sys.path]
+    sys.path += added
     try:
-        model = tasks.load_model(c.factory, **c.kwargs)
+        yield
+    finally:
+        for folder in added:
+            if folder in sys.path:  # what was imported may have changed it
+                sys.path.remove(folder)
+
+
+def _load_model(c: ModelConfig, beside: Path) -> nn.Module:
+    folders = list(dict.fromkeys(str(folder.resolve()) for folder in (beside, Path())))
+    try:
+        with _importing_from(folders):
+            model = tasks.load_model(c.factory, **c.kwargs)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         said = str(error).removeprefix("name: ")
+        if isinstance(error, ModuleNotFoundError) and error.name == c.factory.partition(":")[0].partition(".")[0]:
+            said += f"; it is not installed, and there is none in {' or in '.join(folders)}: put it beside the config file"
         raise ConfigError(f"cannot make {c.factory!r}: {said}", key=("model", "factory")) from error
     if not c.weights:
         return model

@@ -36,7 +36,8 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "entangle_fast.methods", SimpleNamespace(METHODS={"entangled": Method}))
     calls = []
 
-    def unlearn_from_config(config, resume, overwrite):
+    def unlearn_from_config(config, beside, resume, overwrite):
+        assert beside == tmp_path
         calls.append((config, resume, overwrite))
         got.work(Path(config.run.out))
 

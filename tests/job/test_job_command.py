@@ -1,6 +1,7 @@
 """The same job from a config file, through the command line."""
 
 import json
+import sys
 
 import pytest
 from running import die_at
@@ -73,6 +74,38 @@ def test_the_command_that_report_proposes(tmp_path, monkeypatch):
     assert done.exit_code == 0 and (run / "report.json").exists() and not (run / CHECKPOINT).exists()
     assert "entangled: 2 of " in done.stderr and " s, done" in done.stderr
     assert not (tmp_path / "elsewhere").exists()
+
+
+NET = """
+import string, helper_of_this_test
+from entangle_fast.tasks import SmallCNN
+def make(num_classes):
+    assert string.digits and helper_of_this_test.HERE == {here!r}
+    return SmallCNN(num_classes)
+"""
+
+
+@pytest.mark.parametrize("there, helper", [("config", "config"), ("config", "current"), ("current", "current")])
+def test_a_model_of_a_file_beside_the_config_or_in_the_current_folder(there, helper, tmp_path, monkeypatch):
+    """A console script does not look in the current folder; what lies there must not hide a standard module either."""
+    folders = {name: tmp_path / name for name in ("config", "current")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "string.py").write_text("raise AssertionError")
+        (folder / "helper_of_this_test.py").write_text(f"HERE = {name!r}")
+    module = f"net_{there}_{helper}"
+    (folders[there] / f"{module}.py").write_text(NET.format(here=helper))
+    if helper == "current":
+        (folders["config"] / "helper_of_this_test.py").unlink()
+    for name in ("string", "helper_of_this_test"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])  # as in a console script
+    monkeypatch.chdir(folders["current"])
+    path, before = folders["config"] / "job.toml", list(sys.path)
+    path.write_text(CONFIG.format(out=tmp_path / "run").replace("entangle_fast.tasks:SmallCNN", f"{module}:make"))
+    done = CliRunner().invoke(cli.app, ["unlearn", str(path)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert sys.path == before
 
 
 @pytest.mark.parametrize("content, message", [(None, "no such file"), (b"hello", "not a readable safetensors file")])

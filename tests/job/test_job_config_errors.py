@@ -1,6 +1,7 @@
 """What is wrong with a config is said of the key as the user wrote it, not of the argument that it becomes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ BAD = [
     ({"model.weights": "list.pt"}, r"model\.weights: \S*list\.pt holds no state dict"),
     ({"model.weights": "other.pt"}, r"model\.weights: \S*other\.pt does not fit the model"),
     ({"model.factory": "entangle_fast.tasks:SmalCNN"}, r"model\.factory: cannot make .*the nearest is 'SmallCNN'"),
-    ({"model.factory": "no_such_package:net"}, r"model\.factory: cannot make .*no_such_package"),
+    ({"model.factory": "no_such_package:net"}, r"model\.factory: cannot make .*no_such_package.*none in /"),
+    ({"model.factory": "needy:net"}, r"model\.factory: cannot make 'needy:net': No module named 'no_such_package'$"),
     ({"model.kwargs": {"num_classes": 4, "image_size": 7}}, r"model\.factory: cannot make .*image_size: got 7"),
     ({"task.forget": ["Sneeker"]}, r"task\.forget: got 'Sneeker'"),
     ({"task.forget": ["Sneaker", "Sneaker"]}, r"task\.forget: got"),
@@ -38,6 +40,7 @@ BAD = [
 def test_the_key_is_named(change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save([1.0], "list.pt")
+    Path("needy.py").write_text("import no_such_package")
     torch.save({"x": torch.ones(1)}, "other.pt")
     data = copy.deepcopy(GOOD)
     data["run"]["out"] = "run"
