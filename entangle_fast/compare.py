@@ -134,7 +134,7 @@ def run(config: CompareConfig) -> dict:
 
     options = config.compare
     methods = chosen(config)
-    load_task(config.task).split()  # a wrong class name is told before anything is made
+    demo.split_by_label(load_task(config.task))  # a wrong class name is told before anything is made
     folder = Path(options.out)
     storage.save_toml(folder / CONFIG, _settle(folder, config, methods))
     tasks = []

@@ -23,8 +23,10 @@ from .metrics import evaluate
 from .metrics.memory import PeakMemory
 from .progress import shown
 from .tasks import RandomShift, SmallCNN, fashion_mnist
+from .tasks.sets import NoneAdjacent
 
 EPOCHS, PEAK_LR, BATCH = 8, 3e-3, 128  # of the original model and of the retrained one
+SHOWN = 8  # class names in an error
 AUGMENT = RandomShift(1)  # for every method and both trainings: the shipped slice has a third of the training images
 
 
@@ -58,7 +60,7 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}; needs at least one")
     task = fashion_mnist(forget=forget, full=False)
-    sets = task.split()
+    sets = split_by_label(task)
     rows: dict[str, list[dict]] = {"original": []}
     history, losses = [], {}
     storage.save_toml(out / "config.toml", _settings(forget, seeds, quick))
@@ -85,6 +87,18 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
         report.write_history(out, history)
         storage.save_json(out / report.REPORT, found)
     return found
+
+
+def split_by_label(task):
+    """task.split() for what has no trained model yet to find neighbours with. Raises ValueError where no class is adjacent by label."""
+    try:
+        return task.split()
+    except NoneAdjacent as error:
+        members = task.superclass_of.bincount()[task.superclass_of] if task.superclass_names else ()
+        shared = [name for name, count in zip(task.class_names, members) if count > 1]
+        mend = (f"forget fewer, or one of {', '.join(shared[:SHOWN])}{', …' if shared[SHOWN:] else ''}" if shared
+                else "name superclasses, of an image folder in its superclasses.toml")  # fmt: skip
+        raise ValueError(f"{error.problem}; here only classes of the same superclass are adjacent: {mend}") from error
 
 
 GOAL = "misclassify the forgotten class while its neighbours keep their label; retraining alone does not do that here"

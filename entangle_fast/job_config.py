@@ -19,6 +19,7 @@ from .methods.process import sample_cross_entropy
 from .progress import say
 from .report import CHECKPOINT, CONFIG, REPORT
 from .result import Result
+from .tasks.sets import NoneAdjacent
 
 
 def unlearn_from_config(config: RunConfig, *, beside: Path = Path(), resume: bool = False, overwrite: bool = False) -> Result:
@@ -41,6 +42,8 @@ def unlearn_from_config(config: RunConfig, *, beside: Path = Path(), resume: boo
         say(options.progress, "model.weights: none given; what is unlearned is the model as its factory makes it")
     try:
         sets = task.split(config.task.adjacency, model=model)
+    except NoneAdjacent as error:
+        raise in_keys(ValueError(f'{error.problem}; write adjacency = "knn" in [task]'), _TASK_KEYS, ("task",)) from error
     except ValueError as error:
         if str(error).partition(":")[0] not in _TASK_KEYS:
             raise  # the model's own
@@ -54,7 +57,7 @@ def unlearn_from_config(config: RunConfig, *, beside: Path = Path(), resume: boo
     return run.go(resume, options.progress)
 
 
-_TASK_KEYS = {name: ("task", key) for name, key in {"folder": "path", "root": "path", "forget": "forget", "labels": "labels"}.items()}
+_TASK_KEYS = {"folder": ("task", "path"), "root": ("task", "path"), **{key: ("task", key) for key in ("forget", "labels", "adjacency")}}
 
 
 def load_task(c: TaskConfig):

@@ -207,6 +207,8 @@ def test_refusals(tmp_path, inline):
         compare.run(settings(tmp_path, ("gradient_asent",)))
     with pytest.raises(ValueError, match="the nearest is 'Sneaker'"):
         compare.run(settings(tmp_path, forget=["Sneakers"]))
+    with pytest.raises(ValueError, match="got Bag, .*: forget fewer, or one of T-shirt"):  # not adjacency='knn', which is refused here
+        compare.run(settings(tmp_path, forget=["Bag"]))
     with pytest.raises(ConfigError, match="seeds: got 0, needs at least one"):
         settings(tmp_path, seeds=0)
     assert not list(tmp_path.iterdir())

@@ -89,6 +89,11 @@ def test_refusals(tmp_path):
         demo.run(seeds=0, out=tmp_path)
     with pytest.raises(ValueError, match="got 'Sneakers', which is no class; the nearest is 'Sneaker'"):
         demo.run(forget="Sneakers", out=tmp_path)
+    with pytest.raises(ValueError, match="got Bag, .*shares its superclass; here .*: forget fewer, or one of T-shirt, .*, Boot$"):
+        demo.run(forget="Bag", out=tmp_path)
+    ungrouped = dataclasses.replace(demo.fashion_mnist(forget="Bag", full=False), superclass_names=(), superclass_of=None, labels="fine")
+    with pytest.raises(ValueError, match="without superclasses; here .*: name superclasses, of an image folder in its superclasses.toml$"):
+        demo.split_by_label(ungrouped)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..ops import check
 from .adjacency import by_knn, by_label, embed
-from .sets import Sets, Triple, check_labels
+from .sets import NoneAdjacent, Sets, Triple, check_labels
 
 
 @check.kinds
@@ -94,14 +94,15 @@ class ImageClasses:
         adjacency  "label": adjacent are the retained fine classes that share a superclass with a forgotten one.
                    "knn": see `by_knn`, in the embedding of `model` at `layer` (see `embed`); the train and the test
                    data are cut each by its own neighbours, with the same k (where one is given) and top.
-        Raises ValueError when a set comes out empty, or superclasses or the model are missing.
+        Raises ValueError when a set comes out empty, or superclasses or the model are missing; of its kind NoneAdjacent where "knn"
+        would help.
         """
         if adjacency not in ("label", "knn"):
             raise ValueError(f"adjacency: got {adjacency!r}, needs 'label' or 'knn'")
         if adjacency == "knn" and model is None:
             raise ValueError("model: got None, needs the trained model for adjacency='knn'")
         if adjacency == "label" and not self.superclass_names:
-            raise ValueError("adjacency: got 'label' without superclasses; pass adjacency='knn' and model=")
+            raise NoneAdjacent("adjacency: got 'label' without superclasses", "pass adjacency='knn' and model=")
         parts = {}
         for name, x, fine in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
             if adjacency == "label":
@@ -136,12 +137,13 @@ class ImageClasses:
         forgotten = ", ".join(self.class_names[i] for i in self.forget)
         for part, i in zip(Triple._fields, index):
             if i is not None and len(i) == 0:
+                found = f"forget: got {forgotten}, which leaves the {part} set of the {name} data empty: "
+                if part == "adjacent":
+                    raise NoneAdjacent(f"{found}no retained class shares its superclass",
+                                       "pass adjacency='knn' with model=, or forget fewer classes")
                 mend = {"forget": f"the {name} data has no sample of it; forget a class that it has",
-                        "adjacent": "no retained class shares its superclass; pass adjacency='knn' with model=, "
-                                    "or forget fewer classes",
                         "remote": "no sample is left; forget fewer classes, or lower top"}[part]
-                raise ValueError(f"forget: got {forgotten}, which leaves the {part} set of the {name} data empty: "
-                                 f"{mend}")
+                raise ValueError(found + mend)
 
     def _indices(self, forget):
         chosen = [forget] if isinstance(forget, (str, int)) else list(forget)

@@ -7,6 +7,14 @@ import torch
 from ..ops import check
 
 
+class NoneAdjacent(ValueError):
+    """No sample is adjacent by label. `problem` says so without the mend, which is another one in a config file."""
+
+    def __init__(self, problem, mend):
+        super().__init__(f"{problem}; {mend}")
+        self.problem = problem
+
+
 class Triple(NamedTuple):
     """One thing for each of the three sets."""
 

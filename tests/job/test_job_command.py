@@ -76,6 +76,15 @@ def test_the_command_that_report_proposes(tmp_path, monkeypatch):
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_neighbours_in_the_embedding_where_no_class_shares_the_superclass(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text(CONFIG.format(out=tmp_path / "run").replace('forget = ["Sneaker"]', 'forget = ["Bag"]\nadjacency = "knn"'))
+    done = CliRunner().invoke(cli.app, ["unlearn", str(path)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads((tmp_path / "run" / "report.json").read_text())["task"]
+    assert found["forget"] == ["Bag"] and found["classes"]["adjacent"] and "Bag" not in found["classes"]["adjacent"]
+
+
 NET = """
 import string, helper_of_this_test
 from entangle_fast.tasks import SmallCNN

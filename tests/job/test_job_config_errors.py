@@ -27,6 +27,7 @@ BAD = [
     ({"model.kwargs": {"num_classes": 4, "image_size": 7}}, r"model\.factory: cannot make .*image_size: got 7"),
     ({"task.forget": ["Sneeker"]}, r"task\.forget: got 'Sneeker'"),
     ({"task.forget": ["Sneaker", "Sneaker"]}, r"task\.forget: got"),
+    ({"task.forget": ["Bag"]}, r'task\.forget: got Bag, .*shares its superclass; write adjacency = "knn" in \[task\]$'),
     ({"task.path": "nowhere"}, r"task\.path: "),
     ({"task.dataset": "cifar10", "task.path": "nowhere"}, r"task\.path: nowhere lacks"),
     ({"task.dataset": "image_folder", "task.path": "nowhere"}, r"task\.path: nowhere has no folder"),
