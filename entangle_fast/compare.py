@@ -20,6 +20,7 @@ from . import demo, job_config, storage
 from .compare_schedule import CELLS, ORIGINAL, RETRAIN, TRAIN, Task, drive
 from .config import TaskConfig
 from .config_reading import ConfigError, from_dict, from_toml, to_dict
+from .lock import LOCK, held
 from .methods import METHODS
 from .progress import say
 
@@ -126,16 +127,23 @@ def load_task(config: TaskConfig):
 def run(config: CompareConfig) -> dict:
     """Run what is missing in config.compare.out and write its report; the report.
 
-    Raises ValueError for settings that cannot be used, CheckpointError for a folder of other settings;
+    Raises ValueError for settings that cannot be used and a folder that another process writes to, CheckpointError for one of other
+    settings;
     KeyboardInterrupt after the running cells were stopped: finished ones are kept, and the next call goes on.
     A cell that fails is in the report with its error and does not stop the others.
     """
-    from . import compare_report
-
     options = config.compare
     methods = chosen(config)
     demo.split_by_label(load_task(config.task))  # a wrong class name is told before anything is made
-    folder = Path(options.out)
+    with held(options.out):
+        return _fill(Path(options.out), config, methods)
+
+
+def _fill(folder: Path, config: CompareConfig, methods: dict[str, Any]) -> dict:
+    """Of `run`, in a folder that is held; its cells are processes of their own and do not ask for it."""
+    from . import compare_report
+
+    options = config.compare
     storage.save_toml(folder / CONFIG, _settle(folder, config, methods))
     tasks = []
     for seed in range(options.seeds):
@@ -166,7 +174,7 @@ def _settle(folder: Path, config: CompareConfig, methods: dict[str, Any]) -> dic
         "method": {name: to_dict(method) for name, method in methods.items()},
     }
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise storage.CheckpointError(f"{folder}: holds files but no comparison; give another --out, or empty it")
         return new
     try:

@@ -16,6 +16,7 @@ import torch
 
 from . import report, storage
 from .job import unlearn
+from .lock import held
 from .machine import machine_info
 from .methods import Entangled, FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain
 from .methods.training import fit
@@ -54,6 +55,7 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
     """Run the demo and write report.json, history.csv, losses.safetensors, config.toml and model.safetensors to ``out``.
 
     forget: a class name.  seeds: how many models are trained and unlearned.  quick: a fifth of the passes, to look around.
+    Raises ValueError for a class that cannot be forgotten, and for a folder that another process writes to.
     Returns the report. Figures and the printed table are made from the folder by report_table.rebuild.
     """
     out = Path(out)
@@ -61,6 +63,12 @@ def run(forget: str = "Sneaker", seeds: int = 3, out="runs/demo", quick: bool = 
         raise ValueError(f"seeds: got {seeds}; needs at least one")
     task = fashion_mnist(forget=forget, full=False)
     sets = split_by_label(task)
+    with held(out):
+        return _fill(out, task, sets, forget, seeds, quick, progress)
+
+
+def _fill(out: Path, task, sets, forget: str, seeds: int, quick: bool, progress: bool) -> dict:
+    """Of `run`, in a folder that is held."""
     rows: dict[str, list[dict]] = {"original": []}
     history, losses = [], {}
     storage.save_toml(out / "config.toml", _settings(forget, seeds, quick))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .job_run import Run
+from .lock import held
 from .methods.process import sample_cross_entropy
 from .ops.check import whole
 from .report import UNFINISHED, run_in
@@ -33,7 +36,7 @@ def unlearn(
         loss: (output, y) → per-sample losses (n,); default cross-entropy.
         seed: fixes everything random: the same seed gives the same bits on the same machine.
         out: folder to write to; checkpoints every ``checkpoint_every`` steps, the full record at the end. One that holds
-            a run, finished or not, is refused without ``resume`` or ``overwrite``.
+            a run, finished or not, is refused without ``resume`` or ``overwrite``, one that another process writes to in any case.
         resume: continue the run whose checkpoint lies in ``out``, to the bit; without one start anew; of a finished run
             give the result, its weights in ``model``. Method, options, seed and data must be those of the run: of tensors
             every byte is compared, of other Datasets class, length, Subset rows and ``targets`` alone; loss and augment
@@ -49,7 +52,7 @@ def unlearn(
     Raises:
         ValueError: empty sets; overlapping ones, where both are tensors (equal samples and labels) or stand on one Dataset
             object (equal rows; not two objects with the same samples); labels out of range, no trainable parameter,
-            non-finite parameters, an ``out`` that is a file or holds a run, …
+            non-finite parameters, an ``out`` that is a file, holds a run or is being written by another, …
         NonFinite: a loss became NaN or infinite; the step was not taken, the model is as it was before it.
         CheckpointError: a run with other settings or other data, or files that cannot be read or written.
         KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.
@@ -62,10 +65,10 @@ def unlearn(
     ['adjacent', 'forget', 'per_class', 'remote']
     """
     _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every)
-    refuse_used(out, resume, overwrite)
-    sets = (forget, adjacent, remote)
-    run = Run(model, sets, method, test, loss, int(seed), out, checkpoint_every, eval_every, augment, allow_overlap)
-    return run.go(resume, progress)
+    with claimed(out, resume, overwrite):
+        sets = (forget, adjacent, remote)
+        run = Run(model, sets, method, test, loss, int(seed), out, checkpoint_every, eval_every, augment, allow_overlap)
+        return run.go(resume, progress)
 
 
 def _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every) -> None:
@@ -91,22 +94,25 @@ def _refuse_kinds(model, loss, seed, out, augment, checkpoint_every, eval_every)
         raise ValueError("model: unlearning under torch.inference_mode, where nothing has a gradient; call it outside")
 
 
-def refuse_used(out, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError for what cannot be a folder, and for one that holds a run, unless it is said what to do with it."""
+@contextlib.contextmanager
+def claimed(out, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the folder of a run. Raises ValueError for what cannot be a folder, for one that another process writes to, and for one
+    that holds a run, unless it is said what to do with it."""
     if resume and overwrite:
         raise ValueError("resume, overwrite: got both; resume goes on with the run in the folder, overwrite starts anew: give one")
     if out is None:
         if resume:
             raise ValueError("resume: needs the folder out= in which the checkpoint lies")
+        yield
         return
     there = next((path for path in (Path(out), *Path(out).parents) if os.path.lexists(path)), None)
     if there is not None and not there.is_dir():
         raise ValueError(f"out: got {out}, where {there} is a file; needs a folder, there or to be made: give another path")
-    if resume or overwrite:
-        return
-    there = run_in(out)
-    if there == UNFINISHED:
-        raise ValueError(f"out: {out} holds {there}; resume=True (--resume) goes on with it, "
-                         "overwrite=True (--overwrite) starts anew")  # fmt: skip
-    if there:
-        raise ValueError(f"out: {out} holds {there}; give another folder, or overwrite=True (--overwrite) to run again into it")
+    with held(out):
+        there = "" if resume or overwrite else run_in(out)
+        if there == UNFINISHED:
+            raise ValueError(f"out: {out} holds {there}; resume=True (--resume) goes on with it, "
+                             "overwrite=True (--overwrite) starts anew")  # fmt: skip
+        if there:
+            raise ValueError(f"out: {out} holds {there}; give another folder, or overwrite=True (--overwrite) to run again into it")
+        yield

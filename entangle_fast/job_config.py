@@ -13,7 +13,7 @@ from torch import nn
 from . import storage, tasks
 from .config import ModelConfig, RunConfig, TaskConfig
 from .config_reading import ConfigError, in_keys, to_dict
-from .job import refuse_used
+from .job import claimed
 from .job_run import Run
 from .methods.process import sample_cross_entropy
 from .progress import say
@@ -28,8 +28,12 @@ def unlearn_from_config(config: RunConfig, *, beside: Path = Path(), resume: boo
     beside: the folder of the config file, where model.factory is looked for after what is installed and before the current folder.
     resume, overwrite and what is raised: as in `unlearn`.
     """
+    with claimed(config.run.out, resume, overwrite):
+        return _run(config, beside, resume)
+
+
+def _run(config: RunConfig, beside: Path, resume: bool) -> Result:
     options = config.run
-    refuse_used(options.out, resume, overwrite)
     if options.threads:
         torch.set_num_threads(options.threads)
     task = load_task(config.task)

@@ -95,7 +95,7 @@ class Run:
             _floats(self.history), self.losses, facts, self.task, self.settings, self._identity(),
         )  # fmt: skip
         if self.out is not None:
-            result.save(self.out, overwrite=True)
+            result._write(self.out)
         return result
 
     def _step(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import report, storage
+from .lock import held
 from .machine import machine_info
 
 MODEL = "model.safetensors"
@@ -67,12 +68,17 @@ class Result:
     def save(self, folder, overwrite: bool = False) -> Path:
         """Write report.json, history.csv, losses.safetensors, config.toml, model.safetensors and the figures.
 
-        Raises ValueError for a folder that holds a run, finished or not, without ``overwrite``; CheckpointError where nothing can be
-        written.
+        Raises ValueError for a folder that holds a run, finished or not, without ``overwrite``, and for one that another process
+        writes to; CheckpointError where nothing can be written.
         """
         folder = _path(folder)
-        if not overwrite and (there := report.run_in(folder)):
-            raise ValueError(f"folder: {folder} holds {there}; give another folder, or overwrite=True to write over it")
+        with held(folder, "folder"):
+            if not overwrite and (there := report.run_in(folder)):
+                raise ValueError(f"folder: {folder} holds {there}; give another folder, or overwrite=True to write over it")
+            return self._write(folder)
+
+    def _write(self, folder: Path) -> Path:
+        """Of `save`, in a folder that is held already."""
         storage.save_tensors(folder / MODEL, self.model.state_dict())
         storage.save_tensors(folder / report.LOSSES, self.losses)
         report.write_history(folder, self.history)

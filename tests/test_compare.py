@@ -16,6 +16,7 @@ from entangle_fast import compare, compare_cell, compare_report, demo, methods, 
 from entangle_fast.compare_schedule import Crew, Task, _rest
 from entangle_fast.config_reading import ConfigError
 from entangle_fast.figures import compare as figures_compare
+from entangle_fast.lock import held
 
 NO_ORIGINAL = "the original model could not be trained"
 
@@ -190,7 +191,9 @@ def test_processes(tmp_path, monkeypatch):
     config.task.path = str(data)
     storage.save_toml(tmp_path / "run" / compare.CONFIG, compare._settle(tmp_path / "run", config, compare.chosen(config)))
     crew = Crew(tmp_path / "run", 1, 1)
-    assert crew.work(Task("train", 0)) is None and Task("train", 0).done(tmp_path / "run")
+    with held(tmp_path / "run"):  # as `run` does
+        assert crew.work(Task("train", 0)) is None
+    assert Task("train", 0).done(tmp_path / "run")
     assert not crew.live
     script = tmp_path / "python"
     for body, said in (("kill -9 $$", "killed by SIGKILL; maybe memory ran out: try fewer jobs"), ("echo a >&2; echo b >&2; exit 3", "b")):
@@ -224,6 +227,8 @@ def test_refusals(tmp_path, inline):
     ):
         with pytest.raises(storage.CheckpointError, match=said):
             compare.run(config)
+    with held(tmp_path / "a"), pytest.raises(ValueError, match=f"^out: {tmp_path / 'a'} is being written by another process"):
+        compare.run(settings(tmp_path / "a"))
     assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "report.json").write_text("{}")

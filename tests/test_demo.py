@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from entangle_fast import demo, report, storage
+from entangle_fast.lock import held
 from entangle_fast.methods import Entangled
 
 NAMES = {"original", "entangled", "gradient_ascent", "finetune", "neggrad", "random_label", "retrain"}
@@ -94,6 +95,8 @@ def test_refusals(tmp_path):
     ungrouped = dataclasses.replace(demo.fashion_mnist(forget="Bag", full=False), superclass_names=(), superclass_of=None, labels="fine")
     with pytest.raises(ValueError, match="without superclasses; here .*: name superclasses, of an image folder in its superclasses.toml$"):
         demo.split_by_label(ungrouped)
+    with held(tmp_path), pytest.raises(ValueError, match=f"^out: {tmp_path} is being written by another process"):
+        demo.run(out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

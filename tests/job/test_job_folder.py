@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from entangle_fast import storage
+from entangle_fast.lock import LOCK
 from entangle_fast.methods import Entangled, FineTune
 from entangle_fast.report import CHECKPOINT
 
@@ -52,7 +53,7 @@ def test_a_real_limit_on_writing(tmp_path):
     code = ALONE + FULL.format(out=str(tmp_path / "out"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "checkpoint.safetensors: could not be written" in done.stdout, done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change, message", [
@@ -124,6 +125,50 @@ def test_a_folder_with_a_run_is_refused(tmp_path, monkeypatch):
     text = (tmp_path / "config.toml").read_text()
     assert 'name = "finetune"' in text and "alpha" not in text  # nothing of the run before
     assert same(storage.load_tensors(tmp_path / "model.safetensors"), bits(again.model)) and again.before == whole.before
+
+
+BUSY = """
+from entangle_fast.methods.process import Process
+take = Process.step
+def waiting(self):
+    if self.done == 3:
+        print("there", flush=True)
+        sys.stdin.read()
+    return take(self)
+Process.step = waiting
+running.go(out={out!r}, checkpoint_every=2)
+"""
+
+
+def test_a_folder_that_another_process_writes_to(tmp_path):
+    """Refused with every option, the data not looked at and nothing changed, and the other run ends as if nobody had come."""
+    code = ALONE + BUSY.format(out=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "there\n"
+        model, before = trained(), (tmp_path / CHECKPOINT).read_bytes()
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=f"^out: {tmp_path} is being written by another process"):
+                go(model, out=tmp_path, **{name: None for name in sets()}, **options)
+        result = go(out=None)
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=f"^folder: {tmp_path} is being written by another process"):
+                result.save(tmp_path, overwrite=overwrite)
+        assert (tmp_path / CHECKPOINT).read_bytes() == before and same(bits(model), bits(trained()))
+        process.communicate()
+    assert process.returncode == 0 and LOCK not in {p.name for p in tmp_path.iterdir()}
+    assert same(storage.load_tensors(tmp_path / "model.safetensors"), bits(result.model))
+
+
+def test_what_a_killed_run_held_is_gone_on_with(tmp_path, monkeypatch):
+    cut(tmp_path, monkeypatch)
+    (tmp_path / LOCK).touch()  # as kill -9 leaves it, see test_lock
+    assert same(bits(go(net(), out=tmp_path, resume=True).model), bits(go().model)) and not (tmp_path / LOCK).exists()
+    (tmp_path / LOCK).touch()
+    go().save(tmp_path, overwrite=True)
+    assert not (tmp_path / LOCK).exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / LOCK).touch()
+    assert same(bits(go(out=tmp_path / "other").model), bits(go().model))  # no run lies there
 
 
 def test_a_checkpoint_cut_off(tmp_path):
