@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 METHOD_NAMES = f"Names with commas, of {', '.join(METHODS)}. Default: all; retrain is always among them."
+ANEW = "the same command starts anew"
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar or lines.")]
 
 
@@ -39,8 +41,11 @@ def main() -> None:
 
 
 @contextmanager
-def _plainly(debug: bool, out: Path | None = None, resume: str | None = None) -> Iterator[None]:
-    """User errors become one red line and exit 2; ctrl-C says what was kept in `out`, exit 130."""
+def _plainly(debug: bool, out: Path | None = None, again: Callable[[str], str] = lambda found: ANEW) -> Iterator[None]:
+    """User errors become one red line and exit 2; ctrl-C says what is kept in `out` and how to go on, exit 130.
+
+    again: how, of what `report.run_in` finds there.
+    """
     from entangle_fast.dispatch import BackendError
     from entangle_fast.storage import CheckpointError
 
@@ -48,8 +53,7 @@ def _plainly(debug: bool, out: Path | None = None, resume: str | None = None) ->
     try:
         yield
     except KeyboardInterrupt:
-        if out is not None:
-            errors.print(Text(f"\n{_kept(out, resume)}", style="yellow"), soft_wrap=True)
+        errors.print(Text(f"\ninterrupted{f'; {_kept(out, again)}' if out else ''}", style="yellow"), soft_wrap=True)
         raise typer.Exit(130) from None
     except (ValueError, OSError, CheckpointError, BackendError) as error:
         if debug:
@@ -59,12 +63,17 @@ def _plainly(debug: bool, out: Path | None = None, resume: str | None = None) ->
         raise typer.Exit(2) from None
 
 
-def _kept(out: Path, resume: str | None) -> str:
-    files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) if out.is_dir() else []
-    if not files:
-        return f"interrupted; nothing was written to {out} yet"
-    line = f"interrupted; kept in {out}: {', '.join(files[:12])}{', ...' if len(files) > 12 else ''}"
-    return f"{line}\ngo on with: {resume}" if resume and any("checkpoint" in f or f.startswith("cells/") for f in files) else line
+def _kept(out: Path, again: Callable[[str], str]) -> str:
+    from entangle_fast.lock import LOCK
+    from entangle_fast.report import FINISHED, run_in
+
+    there = sorted(path for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
+    if not there:
+        return f"nothing was written to {out}; {ANEW}"
+    names = [f"{path.name}/ ({len(list(path.iterdir()))})" if path.is_dir() else path.name for path in there]
+    found = run_in(out)
+    shows = f"entangle-fast report {out} shows what is finished" if found == FINISHED else ""
+    return "; ".join(filter(None, (f"kept in {out}: {', '.join(names)}", shows, again(found))))
 
 
 def _version(wanted: bool) -> None:
@@ -117,13 +126,15 @@ def unlearn(
     """Run the job that a TOML file describes."""
     from entangle_fast.config import RunConfig
     from entangle_fast.config_reading import from_toml
+    from entangle_fast.report import FINISHED, UNFINISHED
 
     with _plainly(debug):
         job = from_toml(config, RunConfig)
     job.run = dataclasses.replace(job.run, out=str(out or job.run.out), progress=job.run.progress and not no_progress)
     folder = Path(job.run.out)
-    again = f"entangle-fast unlearn {config}{f' --out {out}' if out else ''} --resume"
-    with _plainly(debug, folder, again):
+    words = ["entangle-fast", "unlearn", str(config), *(["--out", str(out)] if out else []), "--resume"]
+    again = {UNFINISHED: f"go on with: {shlex.join(words)}", FINISHED: ""}
+    with _plainly(debug, folder, lambda found: again.get(found, ANEW)):
         from entangle_fast.job_config import unlearn_from_config
 
         unlearn_from_config(job, beside=config.parent, resume=resume, overwrite=overwrite)
@@ -159,7 +170,7 @@ def compare(
             quick=quick or None, attack_seeds=attack_seeds, attack_steps=attack_steps, progress=False if no_progress else None,
         )  # fmt: skip
     folder = Path(chosen.compare.out)
-    with _plainly(debug, folder, "the same command"):
+    with _plainly(debug, folder, lambda found: "the same command goes on"):
         from entangle_fast.compare import run
 
         run(chosen)
@@ -176,7 +187,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Print the tables of a run again and redraw its figures, from its files alone."""
-    with _plainly(debug, run):
+    with _plainly(debug):
         _show(run)
 
 

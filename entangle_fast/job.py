@@ -55,7 +55,8 @@ def unlearn(
             non-finite parameters, an ``out`` that is a file, holds a run or is being written by another, …
         NonFinite: a loss became NaN or infinite; the step was not taken, the model is as it was before it.
         CheckpointError: a run with other settings or other data, or files that cannot be read or written.
-        KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given.
+        KeyboardInterrupt: after the step in progress, and after the checkpoint was written if ``out`` is given; it says how to go on. The
+            model is as that step left it, half unlearned. A second ctrl-C does not wait for the step.
 
     >>> import torch, entangle_fast as ef
     >>> x, y, model = torch.randn(60, 4), torch.arange(60) % 2, torch.nn.Linear(4, 2)

@@ -24,7 +24,7 @@ from .methods.process import NonFinite, Process, sample_cross_entropy
 from .metrics import evaluate, sample_losses
 from .metrics.memory import PeakMemory
 from .progress import say, shown
-from .report import CHECKPOINT, REPORT
+from .report import CHECKPOINT, REPORT, how_to_go_on
 from .result import MODEL, Result
 
 FEW = 18  # steps of a run; those of the demo take 90 to 297, of its --quick 18 and more
@@ -59,9 +59,9 @@ class Run:
         self.losses: dict[str, Tensor] = {}
         self.before: dict = {}
         self.seconds = 0.0
+        self.in_step = False
 
     def go(self, resume: bool, progress: bool) -> Result:
-        process = self.process
         if resume and (self.out / CHECKPOINT).exists():
             self._load()
         elif resume and (self.out / REPORT).exists():
@@ -73,6 +73,14 @@ class Run:
             say(progress, self._few_steps())
         if self.out is not None:
             storage.must_be_writable(self.out)
+        try:
+            return self._drive(progress)
+        except KeyboardInterrupt as error:
+            error.args = (self._stopped(),)
+            raise
+
+    def _drive(self, progress: bool) -> Result:
+        process = self.process
         with PeakMemory(process.params[0].device) as peak, _deferred_interrupt() as interrupted:
             with shown(progress, self.name, process.total, done=process.done, text=process.where()[0]) as advance:
                 while process.done < process.total and not process.stopped:
@@ -98,11 +106,21 @@ class Run:
             result._write(self.out)
         return result
 
+    def _stopped(self) -> str:
+        """What a ctrl-C leaves: the model, the folder."""
+        process = self.process
+        model = "may hold a part of the next one" if self.in_step else "is as that step left it, half unlearned"
+        way = how_to_go_on(self.out) if self.out else None
+        kept = f"go on with {way}" if way else "no checkpoint was kept" + ("" if self.out else ": give out= for that")
+        return f"{self.name}: stopped after step {process.done} of {process.total}; the model {model}; {kept}"
+
     def _step(self) -> None:
         process = self.process
         try:
             start = time.perf_counter()
+            self.in_step = True
             row = process.step()
+            self.in_step = False
             if process.params[0].is_cuda and self.eval_every:
                 torch.cuda.synchronize()
             self.seconds += time.perf_counter() - start

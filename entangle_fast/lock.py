@@ -25,6 +25,7 @@ def held(folder: str | os.PathLike, name: str = "out") -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{name}: {folder} is being written by another process, which holds {folder / LOCK}; wait for it, or give "

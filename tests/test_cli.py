@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from entangle_fast import cli
 from entangle_fast.config_reading import ConfigError
+from entangle_fast.lock import LOCK
 from entangle_fast.methods import METHODS
-from entangle_fast.report import REPORT, aggregate
+from entangle_fast.report import CHECKPOINT, REPORT, aggregate
 from entangle_fast.storage import CheckpointError, save_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,20 +104,36 @@ def test_bugs_keep_their_traceback(job):
 
 
 def test_interrupt_says_what_was_kept(job):
-    def nothing(out):
+    """In one line, with the way on that this folder has."""
+    resume = f"go on with: entangle-fast unlearn {job.path} --out {job.out} --resume"
+    for made, said in (
+        ((), f"interrupted; nothing was written to {job.out}; the same command starts anew"),
+        ((LOCK,), f"interrupted; nothing was written to {job.out}; the same command starts anew"),
+        (("config.toml",), f"interrupted; kept in {job.out}: config.toml; the same command starts anew"),
+        ((CHECKPOINT,), f"interrupted; kept in {job.out}: {CHECKPOINT}, config.toml; {resume}"),
+        ((REPORT,), f"interrupted; kept in {job.out}: {CHECKPOINT}, config.toml, {REPORT}; {resume}"),
+        ((), f"interrupted; kept in {job.out}: config.toml, {REPORT}; entangle-fast report {job.out} shows what is finished"),
+    ):
+
+        def work(out, made=made):
+            for name in made:
+                save_json(out / name, {})
+            raise KeyboardInterrupt
+
+        job.work = work
+        done = call("unlearn", job.path, "--out", job.out)
+        assert done.exit_code == 130 and done.stderr.strip() == said and not done.stdout
+        if REPORT in made:
+            (job.out / CHECKPOINT).unlink()
+
+
+def test_an_interrupt_before_there_is_a_folder(job, monkeypatch):
+    def reading(path, cls):
         raise KeyboardInterrupt
 
-    def some(out):
-        save_json(out / "checkpoint.json", {})
-        raise KeyboardInterrupt
-
-    job.work = nothing
-    done = call("unlearn", job.path, "--out", job.out)
-    assert done.exit_code == 130 and f"nothing was written to {job.out} yet" in done.stderr
-    job.work = some
-    done = call("unlearn", job.path, "--out", job.out)
-    assert done.exit_code == 130 and f"kept in {job.out}: checkpoint.json" in done.stderr
-    assert f"go on with: entangle-fast unlearn {job.path} --out {job.out} --resume" in done.stderr
+    monkeypatch.setattr("entangle_fast.config_reading.from_toml", reading)
+    done = call("unlearn", job.path)
+    assert done.exit_code == 130 and done.stderr.strip() == "interrupted"
 
 
 def test_demo(tmp_path, monkeypatch):
@@ -136,6 +153,17 @@ def test_demo(tmp_path, monkeypatch):
         {"forget": "Shirt", "seeds": 1, "out": Path("x"), "quick": True, "progress": False},
     ]
     assert call("demo", "--seeds", "0").exit_code == 2
+
+
+def test_an_interrupted_demo_says_what_to_look_at(tmp_path, monkeypatch):
+    def run(out, **options):
+        finish(out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "entangle_fast.demo", SimpleNamespace(run=run))
+    done = call("demo", "--out", tmp_path)
+    said = f"kept in {tmp_path}: {REPORT}; entangle-fast report {tmp_path} shows what is finished; the same command starts anew"
+    assert done.exit_code == 130 and done.stderr.strip() == f"interrupted; {said}"
 
 
 def test_compare(tmp_path, monkeypatch):
@@ -165,7 +193,8 @@ def test_an_interrupted_comparison_says_how_to_go_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "run", run)
     done = call("compare", "--out", tmp_path / "x")
-    assert done.exit_code == 130 and "cells/scrub-0.json" in done.stderr and "go on with: the same command" in done.stderr
+    said = f"interrupted; kept in {tmp_path / 'x'}: cells/ (1); the same command goes on"
+    assert done.exit_code == 130 and done.stderr.strip() == said
 
 
 def test_report(tmp_path):

@@ -77,14 +77,35 @@ def test_ctrl_c_ends_after_the_step_and_keeps_the_checkpoint(step, tmp_path, mon
         models.append(bits(self.model))
         return row
 
-    model, before = trained(), signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    model, before = trained().train(), signal.getsignal(signal.SIGINT)
+    said = (rf"^entangled: stopped after step {step + 1} of 12; the model is as that step left it, half unlearned; "
+            rf"go on with ef.unlearn\(…, out='{tmp_path}', resume=True\)$")  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=said):
         patch.setattr(Process, "step", stepping)
         go(model, out=tmp_path)
+    assert all(module.training for module in model.modules())
     assert len(models) == step + 1 and same(bits(model), models[-1]) and signal.getsignal(signal.SIGINT) is before
     kept = storage.load_tensors(tmp_path / CHECKPOINT)
     assert all(torch.equal(kept[f"model.{k}"], v) for k, v in bits(model).items())
     assert same(bits(go(net(), out=tmp_path, resume=True).model), bits(whole.model))
+
+
+def test_a_second_ctrl_c_says_that_it_did_not_wait(tmp_path, monkeypatch):
+    settle = Process.settle
+
+    def in_the_midst(self):
+        if self.done == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        settle(self)
+
+    model = trained().train()
+    monkeypatch.setattr(Process, "settle", in_the_midst)
+    for out, way in ((None, "no checkpoint was kept: give out= for that"), (tmp_path, rf"go on with ef.unlearn\(…, out='{tmp_path}'")):
+        said = f"^finetune: stopped after step 2 of 12; the model may hold a part of the next one; {way}"
+        with pytest.raises(KeyboardInterrupt, match=said):
+            go(model, "finetune", out=out, checkpoint_every=1)
+        assert all(module.training for module in model.modules())
 
 
 KILLED = """
