@@ -17,6 +17,7 @@ from rich.text import Text
 
 from entangle_fast.doctor import THP
 from entangle_fast.methods import METHODS
+from entangle_fast.tasks.fashion_mnist import CLASSES, SUPERCLASS_OF
 
 TRAINING = {"demo", "unlearn", "compare"}
 
@@ -26,7 +27,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-METHOD_NAMES = f"Names with commas, of {', '.join(METHODS)}. Default: all; retrain is always among them."
+METHOD_NAMES = f"Names with commas, of {', '.join(METHODS)}. Default: all; retrain, and the original model, are always among them."
+FORGETTABLE = ", ".join(name for name, group in zip(CLASSES, SUPERCLASS_OF) if SUPERCLASS_OF.count(group) > 1)
 ANEW = "the same command starts anew"
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar or lines.")]
 
@@ -97,7 +99,7 @@ def _options(
 
 @app.command()
 def demo(
-    forget: Annotated[str, typer.Option(help="Class of Fashion-MNIST to forget.")] = "Sneaker",
+    forget: Annotated[str, typer.Option(help=f"Class of Fashion-MNIST to forget, of {FORGETTABLE}.")] = "Sneaker",
     seeds: Annotated[int, typer.Option(min=1, help="Runs to average.")] = 3,
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Smaller and coarser, to see it work.")] = False,
@@ -145,19 +147,32 @@ def unlearn(
 def compare(
     config: Annotated[
         Path | None,
-        typer.Argument(help="TOML file with the tables task, compare and method.NAME, which adds NAME; options here go before it."),
+        typer.Argument(help="TOML file with the tables task, compare and method.NAME, the options of a method, which is then run too. "
+                            "Options given here go before what the file says."),
     ] = None,
     forget: Annotated[
-        str | None, typer.Option(help="Class to forget, or several with commas. Without a file of Fashion-MNIST, default: Sneaker.")
+        list[str] | None,
+        typer.Option(help="Class to forget, or several with commas; another one of the same superclass must be left, as what is entangled "
+                          f"with it. Without a config file one of Fashion-MNIST: {FORGETTABLE}. Default: Sneaker."),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="super: superclasses; fine: the data set's own classes. Default: super.")] = None,
-    methods: Annotated[str | None, typer.Option(help=METHOD_NAMES)] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Models to train and unlearn. Default: 3.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once; 1 to time methods. Default: 2.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; one of the same settings goes on. Default: runs/compare-CLASS.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="What models are trained to tell apart: super, superclasses; fine, classes. Default: super.")
+    ] = None,
+    methods: Annotated[list[str] | None, typer.Option(help=METHOD_NAMES)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Models to train, each retrained as gold and unlearned by every method. Default: 3.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells, a method on a seed each, to run at once; 1 to compare seconds. Default: 2.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; a comparison in it is gone on with, others are refused. Default: runs/compare-CLASS.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the passes, to see it work.")] = False,
-    attack_seeds: Annotated[int | None, typer.Option(min=1, help="Relearning runs an attacker. Default: 3.")] = None,
-    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a relearning run. Default: 200.")] = None,
+    attack_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Times that each attacker, SGD and Adam, relearns what a model forgot. Default: 3.")
+    ] = None,
+    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps that an attacker has. Default: 200.")] = None,
     no_progress: NoProgress = False,
     debug: Debug = False,
 ) -> None:
@@ -166,8 +181,9 @@ def compare(
         from entangle_fast.compare import read_config
 
         chosen = read_config(
-            config, forget=_names(forget), labels=labels, methods=_names(methods), seeds=seeds, jobs=jobs, out=out and str(out),
-            quick=quick or None, attack_seeds=attack_seeds, attack_steps=attack_steps, progress=False if no_progress else None,
+            config, forget=_names("forget", forget), labels=labels, methods=_names("methods", methods), seeds=seeds, jobs=jobs,
+            out=out and str(out), quick=quick or None, attack_seeds=attack_seeds, attack_steps=attack_steps,
+            progress=False if no_progress else None,
         )  # fmt: skip
     folder = Path(chosen.compare.out)
     with _plainly(debug, folder, lambda found: "the same command goes on"):
@@ -177,8 +193,14 @@ def compare(
         _show(folder)
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+def _names(option: str, given: list[str] | None) -> list[str] | None:
+    """The names of an option that takes them with commas or is given several times; None where it is not given."""
+    if not given:
+        return None
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{option}: got no name in {', '.join(map(repr, given))}; give one or more with commas between, or leave it out")
+    return names
 
 
 @app.command()

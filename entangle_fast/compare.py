@@ -19,7 +19,7 @@ from typing import Any
 from . import demo, job_config, storage
 from .compare_schedule import CELLS, ORIGINAL, RETRAIN, TRAIN, Task, drive
 from .config import TaskConfig
-from .config_reading import ConfigError, from_dict, from_toml, to_dict
+from .config_reading import ConfigError, from_dict, from_toml, nearest, to_dict
 from .lock import LOCK, held
 from .methods import METHODS
 from .progress import say
@@ -86,30 +86,25 @@ def read_config(path: str | os.PathLike | None = None, **given: Any) -> CompareC
     return config
 
 
-@dataclass(kw_only=True)
-class _Chosen:
-    method: Any = field(metadata={"table": lambda: METHODS})
-
-
 def chosen(config: CompareConfig) -> dict[str, Any]:
     """{name: method} in the order of METHODS, retrain last: the demo's settings, else defaults, then config.method's.
 
     Raises ConfigError for a name that is no method, or an option that the method lacks.
     """
+    for key, names in ((("compare", "methods"), config.compare.methods), (("method",), config.method)):
+        for name in names:
+            if name not in METHODS:
+                raise ConfigError(f"got {name!r}; {nearest(name, METHODS)}", key=key)
     quick = config.compare.quick
     tuned = {type(m).name: m for m in demo.methods(quick)}
-    names = list(dict.fromkeys([*(config.compare.methods or METHODS), *config.method]))
     order = list(METHODS)
-    names = sorted({*names, RETRAIN}, key=lambda n: (n == RETRAIN, order.index(n) if n in order else -1))
+    names = sorted({*(config.compare.methods or METHODS), *config.method, RETRAIN}, key=lambda n: (n == RETRAIN, order.index(n)))
     methods = {}
     for name in names:
-        base = {}
-        if name in METHODS:
-            base = to_dict(tuned[name] if name in tuned else METHODS[name]())
-            if quick and name not in tuned:
-                base |= {k: _fifth(v) for k, v in base.items() if "epochs" in k and isinstance(v, (int, float))}
-        options = {"name": name, **base, **config.method.get(name, {})}
-        methods[name] = from_dict(_Chosen, {"method": options}, where=name).method
+        base = to_dict(tuned[name] if name in tuned else METHODS[name]())
+        if quick and name not in tuned:
+            base |= {k: _fifth(v) for k, v in base.items() if "epochs" in k and isinstance(v, (int, float))}
+        methods[name] = from_dict(METHODS[name], {**base, **config.method.get(name, {})}, f"method.{name}")
     return methods
 
 

@@ -100,7 +100,7 @@ def _build(cls: type, data: Any, key: tuple[str, ...], where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in data:
         if name not in fields:
-            raise ConfigError(f"unknown key; {_nearest(name, fields)}", key=(*key, str(name)), where=where)
+            raise ConfigError(f"unknown key; {nearest(name, fields)}", key=(*key, str(name)), where=where)
     values = {}
     for name, f in fields.items():
         path = (*key, name)
@@ -130,7 +130,7 @@ def _choose(table: Mapping[str, type], data: Any, key: tuple[str, ...], where: s
         raise ConfigError(f"missing; needs one of {_list(table)}", key=key_of_name, where=where)
     name = data["name"]
     if not isinstance(name, str) or name not in table:
-        raise ConfigError(f"got {_show(name)}, {_nearest(name, table)}", key=key_of_name, where=where)
+        raise ConfigError(f"got {_show(name)}, {nearest(name, table)}", key=key_of_name, where=where)
     return _build(table[name], {k: v for k, v in data.items() if k != "name"}, key, where)
 
 
@@ -219,7 +219,8 @@ def _list(names: Iterable[Any]) -> str:
     return ", ".join(repr(n) for n in names)
 
 
-def _nearest(name: Any, right: Iterable[str]) -> str:
+def nearest(name: Any, right: Iterable[str]) -> str:
+    """What was meant by a name that is none of these."""
     near = difflib.get_close_matches(str(name), list(right), 1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"needs one of {_list(right)}"
 

@@ -179,6 +179,13 @@ def test_compare(tmp_path, monkeypatch):
     assert config.task.forget == ["Bag", "Boot"] and config.compare.methods == ["scrub", "neggrad"] and config.compare.seeds == 2
     assert config.compare.quick and not config.compare.progress and config.compare.jobs == 2
     assert shown == [Path("runs/compare-bag-boot")]
+    (tmp_path / "runs" / "compare-sneaker-bag-boot" / "cells").mkdir(parents=True)
+    assert call("compare", "--forget", "Sneaker", "--forget", "Bag, Boot", "--methods", "scrub", "--methods", "ssd").exit_code == 0
+    config = runs.pop()  # what is given twice is not lost
+    assert config.task.forget == ["Sneaker", "Bag", "Boot"] and config.compare.methods == ["scrub", "ssd"]
+    for option in ("methods", "forget"):
+        done = call("compare", f"--{option}", " , ")
+        assert done.exit_code == 2 and done.stderr.startswith(f"error: {option}: got no name in ' , '; give one or more")
     done = call("compare", "--labels", "finer")
     assert done.exit_code == 2 and "task.labels: got 'finer'" in done.stderr
     assert call("compare", "--jobs", "0").exit_code == 2 and len(runs) == 1
@@ -230,6 +237,8 @@ def test_help_and_version(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     words = " ".join(call("compare", "--help").output.replace("│", " ").split())
     assert f"Names with commas, of {', '.join(METHODS)}. Default: all" in words and "Default: 3." in words
+    demo = " ".join(call("demo", "--help").output.replace("│", " ").split())
+    assert all("T-shirt, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Boot." in said for said in (words, demo))  # the others are alone
     assert all(name in call("--help").output for name in ("demo", "unlearn", "compare", "report", "doctor"))
     assert "entangle-fast" in call("--version").output
 

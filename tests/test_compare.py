@@ -206,7 +206,7 @@ def test_processes(tmp_path, monkeypatch):
 
 
 def test_refusals(tmp_path, inline):
-    with pytest.raises(ConfigError, match="did you mean 'gradient_ascent'"):
+    with pytest.raises(ConfigError, match="^compare.methods: got 'gradient_asent'; did you mean 'gradient_ascent'"):
         compare.run(settings(tmp_path, ("gradient_asent",)))
     with pytest.raises(ValueError, match="the nearest is 'Sneaker'"):
         compare.run(settings(tmp_path, forget=["Sneakers"]))
@@ -247,7 +247,10 @@ def test_settings(tmp_path):
     chosen = compare.chosen(config)
     assert list(chosen) == ["neggrad", "scrub", "retrain"] and chosen["scrub"].lr == 0.25
     path.write_text('[task]\nforget = ["Bag"]\n[method.scrub]\nlearning = 0.25\n')
-    with pytest.raises(ConfigError, match="method.learning: unknown key"):
+    with pytest.raises(ConfigError, match="^method.scrub: learning: unknown key"):
+        compare.chosen(compare.read_config(path))
+    path.write_text('[task]\nforget = ["Bag"]\n[method.scrubb]\nlr = 0.25\n')
+    with pytest.raises(ConfigError, match="^method: got 'scrubb'; did you mean 'scrub'"):
         compare.chosen(compare.read_config(path))
     path.write_text('[task]\nforget = ["Bag"]\nadjacency = "knn"\n')
     with pytest.raises(ConfigError, match="adjacency"):
