@@ -35,7 +35,8 @@
 #                        below, with tensor < 60: gaps between 19 (n 64) or 37 (n 128) launches at 768×3072 (nsys; ncu runs each kernel
 #                        alone)   form's first copies before its wait
 #   gram rows            64 FLOP a byte of L2, 350 TFLOP/s at 5.5 TB/s: 1.2 ms where 5× the loop would be 0.6   clusters: not Triton
-#   project_random       by count, n 128 t 196 768² k 512, H100 (2x of materialise-then-project would be about 0.17 ms):
+#   project_random       by count, n 128 t 196 768² k 512, H100 (2x of materialise-then-project would be about 0.17 ms with its basis
+#                        lying ready, 0.6 GB; drawn each time, 5 more passes over that, about 0.7):
 #                        triton: 37 k programs' rounds of 312 instructions a thread, 0.10 ms, beside forming, 30 GF through L2
 #                        cuda: 106 instructions for 16 mma.sync, 0.14 ms; by count 18 passes over shared memory's banks beside them;
 #                        gradients formed ceil(k/256) = 2 times, 59 GF:

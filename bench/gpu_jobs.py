@@ -169,7 +169,8 @@ def sorted_(n: int) -> Job:
 
 
 def project_random(n: int, t: int, d: int, k: int) -> Job:
-    """±1 directions drawn in the kernel; peer: gradients materialised, then times a basis that lies ready."""
+    """±1 directions drawn in the kernel. Peers: gradients materialised, then times a basis that lies ready, 2k·d² bytes of a layer and
+    of a whole model too large; or that torch draws, as TRAK's BasicProjector does, here beside it, so that results can be compared."""
     a, b = _randn(n, t, d, dtype=BF16), _randn(n, t, d, dtype=BF16)
     elements = torch.arange(d * d, device=DEVICE)
     basis = torch.stack([x.to(BF16) for x in reference.philox.each_direction(k, elements, d * d, 1)])
@@ -177,10 +178,15 @@ def project_random(n: int, t: int, d: int, k: int) -> Job:
     def materialise():
         return (torch.bmm(b.mT, a).flatten(1) @ basis.T).float()
 
-    return Job(lambda: ef.ops.project_random(a, b, k, seed=1), {"torch": materialise}, ("project_random",), ("triton", "cuda"),
-               tolerance=2e-2, flops=2.0 * n * t * d * d + 2.0 * n * d * d * k, memory=True,
-               needs={f"{p}: ≥ 2× materialise, then project": lambda m, p: at_least(m.faster(p, "torch"), 2)
-                      for p in ("triton", "cuda")})  # fmt: skip
+    def drawn():
+        torch.empty_like(basis).bernoulli_(0.5).mul_(2).sub_(1)
+        return materialise()
+
+    words = {"torch": "materialise, then project", "drawn": "materialise, draw, project"}
+    return Job(lambda: ef.ops.project_random(a, b, k, seed=1), {"torch": materialise, "drawn": drawn}, ("project_random",),
+               ("triton", "cuda"), tolerance=2e-2, flops=2.0 * n * t * d * d + 2.0 * n * d * d * k, memory=True,
+               needs={f"{p}: ≥ 2× {what}": lambda m, p, peer=peer: at_least(m.faster(p, peer), 2)
+                      for p in ("triton", "cuda") for peer, what in words.items()})  # fmt: skip
 
 
 def contraction(op: str, n: int, t: int, d: int, k: int = 16) -> Job:
