@@ -66,6 +66,32 @@ def test_what_was_made_for_it_and_is_empty_goes(tmp_path):
     assert (tmp_path / "mine").is_dir()
 
 
+def test_a_folder_that_another_run_takes_away_is_made_again(tmp_path, monkeypatch):
+    acquire, folder, left = filelock.FileLock.acquire, tmp_path / "run", [2]
+
+    def late(lock, **options):
+        if left[0]:
+            left[0] -= 1
+            folder.rmdir()
+            raise FileNotFoundError(2, "No such file or directory")
+        return acquire(lock, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", late)
+    with held(folder):
+        refused(folder)
+    left[0] = 10**6  # forever: not held, as where nothing can be written
+    with held(folder):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_changes_the_current_folder_lets_go_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with held("run"):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["elsewhere", "elsewhere/run"]
+
+
 def test_where_nothing_can_be_written_nothing_is_held(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
