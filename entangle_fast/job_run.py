@@ -24,7 +24,7 @@ from .methods.process import NonFinite, Process, sample_cross_entropy
 from .metrics import evaluate, sample_losses
 from .metrics.memory import PeakMemory
 from .progress import say, shown
-from .report import CHECKPOINT, REPORT, how_to_go_on
+from .report import CHECKPOINT, FINISHED, REPORT, how_to_go_on, run_in
 from .result import MODEL, Result
 
 FEW = 18  # steps of a run; those of the demo take 90 to 297, of its --quick 18 and more
@@ -109,9 +109,14 @@ class Run:
     def _stopped(self) -> str:
         """What a ctrl-C leaves: the model, the folder."""
         process = self.process
-        model = "may hold a part of the next one" if self.in_step else "is as that step left it, half unlearned"
-        way = how_to_go_on(self.out) if self.out else None
-        kept = f"go on with {way}" if way else "no checkpoint was kept" + ("" if self.out else ": give out= for that")
+        over = process.done >= process.total or process.stopped
+        model = "may hold a part of the next one" if self.in_step else f"is as that step left it, {'' if over else 'half '}unlearned"
+        if way := how_to_go_on(self.out) if self.out else None:
+            kept = f"go on with {way}"
+        elif over and self.out and run_in(self.out) == FINISHED:
+            kept = f"entangle-fast report {self.out} shows what is finished"
+        else:
+            kept = "no checkpoint was kept" + ("" if self.out else ": give out= for that")
         return f"{self.name}: stopped after step {process.done} of {process.total}; the model {model}; {kept}"
 
     def _step(self) -> None:

@@ -160,7 +160,8 @@ def how_to_go_on(run_dir: str | os.PathLike) -> str | None:
     if not (run_dir / CHECKPOINT).is_file():
         return None
     config = run_dir / CONFIG
-    return f"entangle-fast unlearn {config} --resume" if config.is_file() else f"ef.unlearn(…, out={str(run_dir)!r}, resume=True)"
+    of_a_job = config.is_file() and "[task]" in config.read_text(encoding="utf-8").splitlines()  # what ef.unlearn writes has none
+    return f"entangle-fast unlearn {config} --resume" if of_a_job else f"ef.unlearn(…, out={str(run_dir)!r}, resume=True)"
 
 
 def shown_classes(report: Mapping[str, Any], limit: int) -> tuple[list[tuple[str, str]], int]:

@@ -85,9 +85,9 @@ class Result:
         storage.save_toml(folder / report.CONFIG, self.settings)
         found = self.report()
         storage.save_json(folder / report.REPORT, found)  # the run is finished, even if a figure should fail
+        (folder / report.CHECKPOINT).unlink(missing_ok=True)  # of the run that this one was, or is written over
         found["figures"] = [path.name for path in self.plot(folder)]
         storage.save_json(folder / report.REPORT, found)
-        (folder / report.CHECKPOINT).unlink(missing_ok=True)  # of the run that this one was, or is written over
         return folder
 
     def plot(self, folder=None) -> dict[str, Any] | list[Path]:

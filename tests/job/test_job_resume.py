@@ -90,6 +90,26 @@ def test_ctrl_c_ends_after_the_step_and_keeps_the_checkpoint(step, tmp_path, mon
     assert same(bits(go(net(), out=tmp_path, resume=True).model), bits(whole.model))
 
 
+@pytest.mark.parametrize("before", ["", "finished"])
+def test_ctrl_c_after_the_last_step_says_what_is_finished(before, tmp_path, monkeypatch):
+    if before:
+        go(out=tmp_path)  # leaves a config.toml that is no job's
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    unlearned = "^entangled: stopped after step 12 of 12; the model is as that step left it, unlearned; "
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=rf"{unlearned}go on with ef.unlearn\(…, out='{tmp_path}'"):
+        patch.setattr("entangle_fast.result.Result.report", interrupted)
+        go(out=tmp_path, checkpoint_every=5, overwrite=True)
+    shows = f"entangle-fast report {tmp_path} shows what is finished$"
+    model = trained()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=unlearned + shows):
+        patch.setattr("entangle_fast.result.Result.plot", interrupted)
+        go(model, out=tmp_path, checkpoint_every=5, resume=True)
+    assert not (tmp_path / CHECKPOINT).exists() and same(bits(go(net(), out=tmp_path, resume=True).model), bits(model))
+
+
 def test_a_second_ctrl_c_says_that_it_did_not_wait(tmp_path, monkeypatch):
     settle = Process.settle
 
