@@ -166,7 +166,9 @@ def _einsum(recorder, func, args, kwargs):
     if first[layout.axis] not in kept:
         raise CaptureError(f"einsum: {equation!r} sums over the samples of an activation of shape {tuple(x.shape)}")
     layout = replace(layout, axis=kept.index(first[layout.axis]))
-    multiplied = linear_with if weight.shape[1] != 1 else not_cast_on_a_cpu(linear_with)  # nothing is added up: torch's mul, not bmm
+    multiplied = linear_with
+    if weight.shape[1] == 1:  # nothing is added up: torch's mul, not bmm, which promotes instead
+        multiplied, inputs = not_cast_on_a_cpu(linear_with), inputs.to(torch.promote_types(x.dtype, w.dtype))
     y = multiplied(recorder, inputs.flatten(len(kept)) if contracted else inputs.unsqueeze(-1), weight, None, layout)
     y = y.unflatten(-1, [sizes[c] for c in produced]) if produced else y.squeeze(-1)
     order = kept + produced

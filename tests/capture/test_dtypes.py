@@ -103,3 +103,20 @@ def test_autocast_rounds_what_it_rounds_without_a_capture(name):
     assert out.dtype == plain.dtype
     eps = torch.finfo(plain.dtype).eps
     torch.testing.assert_close(out, plain, rtol=4 * eps, atol=4 * eps * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("name", ["einsum, nothing added up", "einsum, of one"])
+def test_products_that_add_nothing_up_promote(name, cast):
+    """As activations are under autocast: of 16 bits, where the parameter has 32."""
+    shapes, forward = PRODUCTS[name]
+    x, w = drawn((4, 5, 8), *shapes)
+    x, w = x.bfloat16(), w.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        plain = forward(x, w)
+        with ef.capture({"w": w}, batch_size=4) as tape:
+            out = forward(x, w)
+            tape.backward(out.square().flatten(1).sum(1))
+    assert out.dtype == plain.dtype == torch.float32 and torch.equal(out, plain)
+    want = torch.stack([torch.autograd.grad(forward(x[i : i + 1], w).square().sum(), w)[0].flatten() for i in range(4)])
+    torch.testing.assert_close(tape.gram(), want @ want.T)
