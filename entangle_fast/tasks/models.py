@@ -55,7 +55,8 @@ def load_model(name: str, **kwargs) -> nn.Module:
         module = importlib.import_module(module_name)
         if not hasattr(module, attribute):
             near = difflib.get_close_matches(attribute, dir(module), n=1)
-            raise ValueError(f"name: got {name!r}, but {module_name} has no {attribute!r}"
+            file = f" ({module.__file__})" if getattr(module, "__file__", None) else ""  # it may hide the one that was meant
+            raise ValueError(f"name: got {name!r}, but {module_name}{file} has no {attribute!r}"
                              + (f"; the nearest is {near[0]!r}" if near else ""))
         factory = getattr(module, attribute)
     elif name in MODELS:
