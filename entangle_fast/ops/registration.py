@@ -12,8 +12,8 @@ from ..dispatch import _LIBRARIES, NAMESPACE
 _LIBRARY = _LIBRARIES[0]
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _matrix(a: Tensor, n: int, m: int) -> Tensor:
@@ -64,12 +64,12 @@ FAKES = {
     "project_random": lambda a, b, k, seed, offset=0, kind="sign": _matrix(a, a.shape[0], k),
     "project_random_conv": lambda x, g, k, *_: _matrix(x, x.shape[0], k),
     "project_random_embedding": lambda ids, b, k, *_: _matrix(b, b.shape[0], k),
-    "combine": lambda a, b, w: a.new_empty((w.shape[0], b.shape[-1], a.shape[-1]), dtype=_dtype(a)),
+    "combine": lambda a, b, w: a.new_empty((w.shape[0], b.shape[-1], a.shape[-1]), dtype=_dtype(a, b, w)),
     "combine_conv": lambda x, g, w, kernel, s, p, d, groups: x.new_empty(
-        (w.shape[0], g.shape[1], x.shape[1] // groups, *kernel), dtype=_dtype(x)
+        (w.shape[0], g.shape[1], x.shape[1] // groups, *kernel), dtype=_dtype(x, g, w)
     ),
     "combine_embedding": lambda ids, b, w, num, padding_idx=-1: b.new_empty(
-        (w.shape[0], num, b.shape[-1]), dtype=_dtype(b)
+        (w.shape[0], num, b.shape[-1]), dtype=_dtype(b, w)
     ),
     "sample_loss": _fake_loss,
     "sample_loss_backward": lambda grad, logits, *_: torch.empty_like(logits),
@@ -98,8 +98,9 @@ def _through_reference(op: str, inputs: tuple[int, ...]):
 
     def backward(ctx, *grads):
         flat = list(ctx.flat)
+        again = torch.is_grad_enabled()  # create_graph: this derivative will have one
         for k, x in zip(ctx.tensors, ctx.saved_tensors):
-            flat[k] = x.detach()
+            flat[k] = x.view_as(x) if again else x.detach()
         args = tree_unflatten(flat, ctx.spec)
         given = [i for i in inputs if i < len(ctx.needs_input_grad)]  # the dispatcher leaves defaults out
         needed = tree_leaves([ctx.needs_input_grad[i] for i in given])
@@ -110,7 +111,9 @@ def _through_reference(op: str, inputs: tuple[int, ...]):
             out = getattr(reference, op)(*args)
         out, grads = (out, grads) if isinstance(out, tuple) else ((out,), grads)
         pairs = [(o, g) for o, g in zip(out, grads) if g is not None and o.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs])
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=again, materialize_grads=True
+        )
         by_id = {id(x): g for x, g in zip(wanted, found)}
         return tuple(tree_map(lambda x: by_id.get(id(x)), x) if i in inputs else None for i, x in enumerate(args))
 
@@ -126,6 +129,9 @@ def _sample_loss_setup(ctx, inputs, output):
 
 def _sample_loss_backward(ctx, grad, _ce, _lse):
     logits, target, ce, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: the kernel has no derivative
+        loss = reference.sample_loss(logits, target, *ctx.options)[0]
+        return (*torch.autograd.grad(loss, logits, grad, create_graph=True), None, *(None for _ in ctx.options))
     d = torch.ops.entangle_fast.sample_loss_backward(grad, logits, target, ce, lse, *ctx.options)
     return (d, None, *(None for _ in ctx.options))
 
@@ -159,12 +165,15 @@ for _name, _inputs in {
     "project": (0, 1, 2),
     "project_conv": (0, 1, 2),
     "project_embedding": (1, 2),
+    "project_random": (0, 1),
+    "project_random_conv": (0, 1),
+    "project_random_embedding": (1,),
     "combine": (0, 1, 2),
     "combine_conv": (0, 1, 2),
     "combine_embedding": (1, 2),
-    "w2_sorted": (0,),
-    "w2_moments": (0,),
-    "w2_features": (0,),
+    "w2_sorted": (0, 1),
+    "w2_moments": (0, 1),
+    "w2_features": (0, 1),
 }.items():
     _through_reference(_name, _inputs)
 torch.library.register_autograd(

@@ -6,7 +6,7 @@ from cases import OPS, arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import entangle_fast as ef
-from entangle_fast import dispatch, ops
+from entangle_fast import dispatch, ops, reference
 
 
 def op(name):
@@ -19,7 +19,7 @@ def test_every_schema_has_a_case():
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
-    differentiable = not any(part in name for part in ("random", "_backward", "step"))
+    differentiable = not any(part in name for part in ("_backward", "step"))
     kinds = ["test_schema", "test_autograd_registration", "test_faketensor"]
     early = torch.__version__.startswith("2.11.") and name == "combine_conv"  # its convolution's double backward needs real sizes
     if name != "step_lookahead" and not early:  # torch cannot functionalise an in-place op that also returns lists
@@ -39,6 +39,48 @@ def test_fake_is_like_real(name, dtype):
     for f, r in zip(*(torch.utils._pytree.tree_leaves(x) for x in (fake, real))):
         if isinstance(r, torch.Tensor):
             assert (f.shape, f.dtype, f.device, f.stride()) == (r.shape, r.dtype, r.device, r.stride())
+
+
+@pytest.mark.parametrize("name", ["combine", "combine_conv", "combine_embedding"])
+def test_fake_sums_with_float64_weights_are_float64(name):
+    args = list(arguments()[name])
+    args[2] = args[2].double()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = op(name)(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+    assert fake.dtype == op(name)(*args).dtype == torch.float64
+
+
+DIFFERENTIABLE = [name for name in OPS if not any(part in name for part in ("_backward", "step", "sample_loss"))]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_derivatives_are_those_of_the_reference_twice(name):
+    def twice(function):
+        args = arguments(torch.float64, grad=True)[name]
+        given = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        for x in given:
+            x.requires_grad_()
+        out = function(*args)
+        outputs = out if isinstance(out, tuple) else (out,)
+        first = torch.autograd.grad(sum(x.square().sum() for x in outputs), given, create_graph=True)
+        again = torch.autograd.grad(sum(x.square().sum() for x in first), given, allow_unused=True, materialize_grads=True)
+        return *first, *again
+
+    # normals are drawn in float32
+    torch.testing.assert_close(twice(op(name)), twice(getattr(reference, name)), rtol=1e-5, atol=1e-6)
+
+
+def test_sample_loss_has_a_second_derivative():
+    logits, target = torch.randn(5, 7, dtype=torch.float64), torch.randint(0, 7, (5,))
+    loss = op("sample_loss")
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, target, float("inf"), 0.1, -100, 0.05)[0], logits.requires_grad_())
+
+
+def test_nothing_has_derivatives_of_zero():
+    a, b = torch.randn(5, 6, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    for found in (op("combine")(a, b, torch.empty(0, 5)), op("project")(a, b, torch.empty(0, 4, 6)), op("gram")(a[:0], b[:0])):
+        for x, grad in zip((a, b), torch.autograd.grad(found, (a, b), torch.ones_like(found))):
+            assert torch.equal(grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
