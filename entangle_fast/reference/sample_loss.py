@@ -89,7 +89,7 @@ def linear_sample_loss(
     h (n, d) or (n, t, d), weight (C, d), bias (C,) or None → loss (n,), ce (n,), lse (2, *target.shape).
     """
     dtype = accumulate_dtype(h, weight)
-    rows, ids = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    rows, ids = h.flatten(0, -2), target.flatten()
     kept = ids != ignore_index
     inside = (ids >= 0) & (ids < len(weight))
     torch._assert_async((~kept | inside).all(), f"target: a label outside [0, {len(weight)}) that is not ignore_index")
@@ -122,7 +122,7 @@ def linear_sample_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Σ_i grad_i loss_i: dh like h, dweight like weight, dbias (C,) (empty without a bias)."""
     dtype = accumulate_dtype(h, weight)
-    rows, ids = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    rows, ids = h.flatten(0, -2), target.flatten()
     top, rest = lse.reshape(2, -1, 1)
     scale = _position_scale(grad, target, ce, clip, penalty, ignore_index, reduction).reshape(-1, 1)
     kept = ids != ignore_index

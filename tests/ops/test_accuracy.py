@@ -160,3 +160,7 @@ def test_nothing_in_nothing_out():
     assert ops.combine_conv(e(0, 2, 5), e(0, 3, 3), e(2, 0), 3).abs().sum() == 0
     assert ops.combine_embedding(e(0, 3).long(), e(0, 3, 2), e(2, 0), 4).abs().sum() == 0
     assert ops.project(torch.ones(2, 3), torch.ones(2, 2), e(0, 2, 3)).shape == (2, 0)
+    h, weight = e(2, 0, requires_grad=True), e(4, 0, requires_grad=True)
+    loss = ops.linear_sample_loss(h, weight, torch.zeros(2).long(), torch.zeros(4))
+    torch.testing.assert_close(loss, torch.full((2,), 4.0).log())
+    assert [x.shape for x in torch.autograd.grad(loss.sum(), (h, weight))] == [(2, 0), (4, 0)]
