@@ -64,7 +64,7 @@ void forward(const Tensor& logits, const Tensor& target, const Shape& s, int64_t
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, s.t * s.classes));
   torch::stable::parallel_for(0, s.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      A total = 0;
+      double total = 0;  // of many positions: float would add up their roundings
       int64_t kept = 0;
       for (int64_t p = i * s.t; p < (i + 1) * s.t; ++p) {
         const T* row = x + p * s.classes;
@@ -78,7 +78,7 @@ void forward(const Tensor& logits, const Tensor& target, const Shape& s, int64_t
         // differences with the maximum, not with the log-sum-exp: exact where logits are large and the loss is small
         total += mass + (A)(1 - smoothing) * (hi - (A)widen(row[y[p]])) - (smoothing ? (A)smoothing * below / (A)s.classes : (A)0);
       }
-      e[i] = mean && kept ? total / (A)kept : total;
+      e[i] = (A)(mean && kept ? total / (double)kept : total);
       l[i] = penalty ? e[i] - (A)penalty / (e[i] + (A)kPenaltyEps) : e[i];
     }
   });

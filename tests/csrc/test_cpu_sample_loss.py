@@ -26,6 +26,14 @@ def test_forward_and_backward(cpp, assert_as_good, dtype, shape, penalty, smooth
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sum_over_many_positions_does_not_drift(cpp, reduction):
+    logits, target = torch.randn(2, 1 << 16, 3), torch.randint(0, 3, (2, 1 << 16))
+    rest = (math.inf, 0.0, -100, 0.0, reduction)
+    truth = reference.sample_loss(logits.double(), target, *rest)[0]
+    torch.testing.assert_close(cpp.sample_loss(logits, target, *rest)[0].double(), truth, rtol=5e-7, atol=0)
+
+
 def test_large_logits_stay_finite(cpp):
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 1e30, 0.0]])
     loss, ce, lse = cpp.sample_loss(logits, torch.tensor([0, 1]), 9.0)

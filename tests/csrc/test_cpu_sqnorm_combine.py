@@ -15,6 +15,12 @@ def test_sqnorm(cpp, assert_as_good, dtype, n, t, d_in, d_out):
         assert_as_good(cpp.sqnorm(a[:, 0], b[:, 0]), plain, reference.sqnorm(a.double(), b.double()))
 
 
+def test_sqnorm_of_a_wide_row_does_not_drift(cpp):
+    a, b = torch.randn(2, 1 << 20), torch.randn(2, 3)
+    truth = reference.sqnorm(a.double(), b.double())
+    torch.testing.assert_close(cpp.sqnorm(a, b).double(), truth, rtol=5e-7, atol=0)
+
+
 @pytest.mark.parametrize("n,c_in,c_out,size,kernel,stride,padding,dilation,groups", [
     (17, 3, 40, (9, 11), (3, 3), (2, 2), (1, 1), (1, 1), 1), (3, 4, 6, (20,), (3,), (1,), (1,), (1,), 2),
     (3, 4, 6, (5, 6, 7), (2, 3, 2), (1, 2, 3), (1, 0, 1), (1, 1, 2), 2),

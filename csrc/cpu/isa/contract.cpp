@@ -323,13 +323,16 @@ void pairs(const T* left_a, const T* left_b, int64_t rows, int64_t first_left, i
 template <class T> double square(const T* x, int64_t count) {
   using A = typename Lane<T>::acc;
   constexpr int lanes = 4 * Vec<A>::lanes;
-  A part[lanes] = {};
-  int64_t k = 0;
-  for (; k + lanes <= count; k += lanes)
-    for (int c = 0; c < lanes; ++c) part[c] += widen(x[k + c]) * widen(x[k + c]);
+  constexpr int64_t stretch = 256 * lanes;  // summed in A
   double sum = 0;
+  int64_t k = 0;
+  while (k + lanes <= count) {
+    A part[lanes] = {};
+    for (const int64_t stop = count - k < stretch ? count : k + stretch; k + lanes <= stop; k += lanes)
+      for (int c = 0; c < lanes; ++c) part[c] += widen(x[k + c]) * widen(x[k + c]);
+    for (int c = 0; c < lanes; ++c) sum += part[c];
+  }
   for (; k < count; ++k) sum += (double)widen(x[k]) * widen(x[k]);
-  for (int c = 0; c < lanes; ++c) sum += part[c];
   return sum;
 }
 
