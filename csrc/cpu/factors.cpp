@@ -83,8 +83,10 @@ ConvShape conv_shape(const Tensor& x, const Tensor& g, const std::vector<int64_t
   STD_TORCH_CHECK(nd >= 1 && nd <= 3 && g.dim() == x.dim() && g.size(0) == x.size(0),
                   "convolution: x and g are (n, channels, 1 to 3 sizes)");
   for (const auto* list : {&kernel, &stride, &padding, &dilation})
-    STD_TORCH_CHECK((int64_t)list->size() == nd && *std::min_element(list->begin(), list->end()) >= (list == &padding ? 0 : 1),
-                    "convolution: kernel_size, stride, padding and dilation hold a number for each size, 1 (padding: 0) or more");
+    STD_TORCH_CHECK((int64_t)list->size() == nd && *std::min_element(list->begin(), list->end()) >= (list == &padding ? 0 : 1) &&
+                        *std::max_element(list->begin(), list->end()) <= INT32_MAX,  // or products of them could overflow
+                    "convolution: kernel_size, stride, padding and dilation hold a number for each size, "
+                    "1 (padding: 0) or more, below 2^31");
   ConvShape s{x.size(0), x.size(1), g.size(1), groups, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
   for (int64_t d = 0; d < nd; ++d) {
     const int64_t to = 3 - nd + d;
@@ -92,6 +94,7 @@ ConvShape conv_shape(const Tensor& x, const Tensor& g, const std::vector<int64_t
     s.kernel[to] = kernel[d], s.stride[to] = stride[d], s.padding[to] = padding[d], s.dilation[to] = dilation[d];
     STD_TORCH_CHECK((s.out[to] - 1) * s.stride[to] + (s.kernel[to] - 1) * s.dilation[to] < s.size[to] + 2 * s.padding[to],
                     "convolution: g is larger than the output of x in size ", d);
+    if (s.out[to] == 1) s.stride[to] = 1;  // never taken, and the copy of x has a line for each of its phases
   }
   STD_TORCH_CHECK(groups > 0 && s.c_in % groups == 0 && s.c_out % groups == 0, "convolution: groups must divide the channels");
   return s;
@@ -129,7 +132,7 @@ Padded::Padded(const ConvShape& s) {
 // odd length the zero of its pair would make a NaN of a NaN there.
 template <class T> void Padded::copy(const ConvShape& s, const T* x, int64_t channels, T* out) const {
   const int64_t w = s.size[2];
-  const bool whole = s.stride[2] == 1 && (int64_t)columns.size() == w;
+  const bool whole = w > 0 && s.stride[2] == 1 && (int64_t)columns.size() == w;  // of no columns x may have no address
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t d = 0; d < s.size[0]; ++d)
       for (int64_t h = 0; h < s.size[1]; ++h) {

@@ -35,6 +35,21 @@ def test_sqnorm_conv(cpp, assert_as_good, dtype, n, c_in, c_out, size, kernel, s
     assert_as_good(cpp.sqnorm_conv(x, g, kernel, *rest), plain, truth.square().flatten(1).sum(1))
 
 
+def test_a_stride_that_is_never_taken_costs_nothing(cpp):
+    x, g = torch.randn(3, 2, 5, 5), torch.randn(3, 4, 1, 1)
+    found = [cpp.sqnorm_conv(x, g, [5, 5], [s, s], [0, 0], [1, 1], 1) for s in (1, 2**31 - 1)]
+    assert torch.equal(*found)
+
+
+def test_a_border_around_nothing(cpp):  # under make sanitize: no copy from a null pointer
+    assert cpp.sqnorm_conv(torch.empty(2, 1, 0), torch.randn(2, 3, 2), [1], [1], [1], [1], 1).tolist() == [0, 0]
+
+
+def test_sizes_whose_products_overflow_are_refused(cpp):
+    with pytest.raises(RuntimeError, match="below 2\\^31"):
+        cpp.sqnorm_conv(torch.randn(3, 2, 5), torch.randn(3, 4, 15), [3], [2**62], [3], [1], 1)
+
+
 @pytest.mark.parametrize("size,kernel,stride,padding,dilation", [
     ((9,), (1,), (3,), (0,), (1,)), ((11,), (2,), (4,), (1,), (1,)), ((5, 7), (1, 1), (2, 2), (0, 0), (1, 1)),
     ((4, 3), (2, 1), (1, 1), (0, 0), (3, 1)), ((5, 3, 3), (1, 3, 3), (2, 1, 1), (0, 0, 0), (1, 1, 1)), ((6,), (3,), (2,), (0,), (1,)),
