@@ -95,6 +95,10 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tenso
   check(params.size() == grads.size() && !params.empty(), "look-ahead needs one grad a parameter");
   check(!capacity || *capacity >= 0, "capacity is below 0");
   check_exact(params, grads);
+  const auto room = [&](int64_t slots) {
+    return std::pair{empty_like_dtype(params[0], {slots, 2}, ScalarType::Long), empty_like_dtype(params[0], {slots}, ScalarType::Double)};
+  };
+  auto [index, value] = room(capacity.value_or(0));  // before anything moves: there may be no such memory
   std::vector<Dense> theta = dense_all(params);
   std::vector<Tensor> ulps, g;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -134,8 +138,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> step_lookahead(std::vector<Tenso
   int64_t slots = 0;
   for (const auto& f : far) slots += f.size();
   slots = capacity.value_or(slots);
-  Tensor index = torch::stable::new_empty(params[0], {slots, 2}, ScalarType::Long);
-  Tensor value = torch::stable::new_empty(params[0], {slots}, ScalarType::Double);
+  if (!capacity) std::tie(index, value) = room(slots);
   int64_t at = 0, *const places = data<int64_t>(index);
   double* const values = data<double>(value);
   const auto list = [&](const Far& x) {
@@ -173,6 +176,13 @@ void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, 
     g.push_back(dense(grads[i], params[i].scalar_type()));
     off.push_back(torch::stable::contiguous(ulps[i]));
   }
+  const Tensor where = torch::stable::contiguous(index), what = torch::stable::contiguous(value);
+  const int64_t *const places = data<int64_t>(where), slots = what.numel();
+  const double* const values = data<double>(what);
+  for (int64_t r = 0; r < slots; ++r) {
+    const int64_t i = places[2 * r], e = places[2 * r + 1];
+    check(i == -1 || (i >= 0 && i < (int64_t)theta.size() && e >= 0 && e < theta[i].now.numel()), "index is out of range");
+  }
   const std::vector<Block> work = blocks(params);
   torch::stable::parallel_for(0, work.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t q = first; q < last; ++q) {
@@ -184,13 +194,9 @@ void step_lookahead_undo(std::vector<Tensor> params, std::vector<Tensor> grads, 
       });
     }
   });
-  const Tensor where = torch::stable::contiguous(index), what = torch::stable::contiguous(value);
-  const int64_t *const places = data<int64_t>(where), slots = what.numel();
-  const double* const values = data<double>(what);
   for (int64_t r = 0; r < slots; ++r) {
     const int64_t i = places[2 * r], e = places[2 * r + 1];
     if (i == -1) continue;  // a slot that was left over
-    check(i >= 0 && i < (int64_t)theta.size() && e >= 0 && e < theta[i].now.numel(), "index is out of range");
     by_type(params[i].scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const typename Rows<T>::A x = values[r];

@@ -190,6 +190,18 @@ def test_lookahead_with_every_capacity(cpp, dtype, size):
     check_every_capacity(cpp.step_lookahead, cpp.step_lookahead_undo, (dtype, torch.float64), size)
 
 
+def test_a_lookahead_that_is_refused_moves_nothing(cpp):
+    params, grads = [torch.randn(5)], [torch.randn(5)]
+    before = params[0].clone()
+    with pytest.raises(RuntimeError):
+        cpp.step_lookahead(params, grads, 0.1, 1 << 50)  # memory for so many there is not
+    assert torch.equal(params[0], before)
+    ulps, value = [torch.zeros(5, dtype=torch.int8)], torch.ones(1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="index is out of range"):
+        cpp.step_lookahead_undo(params, grads, ulps, torch.tensor([[0, 5]]), value, 0.1)
+    assert torch.equal(params[0], before)
+
+
 def test_opcheck(cpp):
     p, g = [torch.randn(5), torch.randn(3, 2)], [torch.randn(5), torch.randn(3, 2)]
     schema = ("test_schema", "test_faketensor")
