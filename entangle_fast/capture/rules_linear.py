@@ -15,7 +15,7 @@ from .factors import DenseFactor, LinearFactor
 from .layout import Layout, no_view
 from .place import Place
 from .remake import remaker
-from .rules_elementwise import add_parameter, like
+from .rules_elementwise import add_parameter
 
 
 class _Linear(torch.autograd.Function):
@@ -49,7 +49,7 @@ def linear_with(recorder, x: Tensor, weight: Tensor, bias: Tensor | None, layout
     recorder.refuse_dtypes("linear", x, weight, bias)
     dtype = recorder.autocast_dtype(x)
     x = x.to(dtype)
-    if bias is not None and bias.dim() != 1:
+    if bias is not None and (bias.dim() != 1 or len(bias) == 1 != len(weight)):  # one that is broadcast
         y = linear_with(recorder, x, weight, None, layout)
         recorder.places.put(y, Place(layout.axis, layout.outer, layout.inner))
         return add_parameter(recorder, y, bias)
@@ -126,13 +126,11 @@ def addmm(recorder, func, args, kwargs):
         return input, mat1, mat2, beta, alpha
 
     bias, x, w, beta, alpha = bind(*args, **kwargs)
-    if beta != 1 or alpha != 1 or x in recorder.sources:
+    if beta != 1 or alpha != 1 or x in recorder.sources or w not in recorder.sources:
         return NotImplemented
-    if w in recorder.sources:
-        return linear_with(recorder, x, _transposed(recorder, w), bias) if bias in recorder.sources or bias.dim() == 1 else (
-            linear_with(recorder, x, _transposed(recorder, w), None) + bias  # activations
-        )  # fmt: skip
-    return add_parameter(recorder, like(recorder, x, x @ w), bias)
+    return linear_with(recorder, x, _transposed(recorder, w), bias) if bias in recorder.sources or bias.dim() == 1 else (
+        linear_with(recorder, x, _transposed(recorder, w), None) + bias  # activations
+    )  # fmt: skip
 
 
 def _einsum(recorder, func, args, kwargs):

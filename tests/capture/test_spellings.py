@@ -37,6 +37,9 @@ EXACT = {
     "repeat, written to": (dict(p=weight(5, 6)), lambda s, x: s.p.repeat(len(x), 1, 1).add_(x).mul_(x)),
     "weight first, a view of it": (dict(w=weight(4, 6)), lambda s, x: (s.w @ x.mT).view(len(x), 20)),
     "addmm": (dict(w=weight(6, 3), b=weight(3)), lambda s, x: torch.addmm(s.b, x[:, 0], s.w, beta=2, alpha=3)),
+    "one bias for all outputs": (dict(w=weight(6, 3), b=weight(1)), lambda s, x:
+        torch.addmm(s.b, x[:, 0], s.w) + F.linear(x, s.w.T, s.b)[:, 1]),
+    "addmm, a matrix first": (dict(w=weight(2, 6), b=weight(2, 1)), lambda s, x: torch.addmm(s.b, s.w.detach(), x[:, 0].T).T),
     "addmv": (dict(w=weight(6), b=weight(1)), lambda s, x: torch.addmv(s.b, x[:, 0], s.w, alpha=2)[:, None]),
     "baddbmm": (dict(b=weight(5, 5)), lambda s, x: torch.baddbmm(s.b, x, x.mT, beta=0.5)),
     "addr": (dict(w=weight(3), b=weight(3)), lambda s, x: s.b.addr(x[:, 0, 0], s.w, beta=2)),
