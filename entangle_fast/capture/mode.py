@@ -100,6 +100,11 @@ class CaptureMode(TorchFunctionMode):
 
     def _with_parameters(self, func, args, kwargs, inputs, watched):
         recorder = self._recorder()
+        if torch._C._functorch.maybe_current_level() is not None:  # what stands in there are no samples that can be followed
+            raise CaptureError(
+                f"{recorder.describe(watched[0])}: torch's {function_name(func)}(…) on it inside torch.func.vmap, grad or another "
+                "transform; capture has no rule for that; write it for the whole batch, or freeze the parameter with requires_grad_(False)"
+            )
         batch_free = not any(recorder.carries_samples(x) for x in inputs)
         if changes_in_place(func) and isinstance(args[0], Tensor) and args[0] in recorder.sources:
             if not batch_free:

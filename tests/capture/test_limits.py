@@ -39,6 +39,7 @@ REFUSED = {
     "custom_function_on_parameters": (nn.Linear(6, 4), lambda s, x: F.linear(x, Scale.apply(s.m.weight, s.m.weight)), "custom"),
     "embedding_max_norm": (nn.Embedding(4, 3, max_norm=1.0), lambda s, x: s.m((x > 0).long()), "max_norm"),
     "parameter_per_sample": (weight(4, 6), lambda s, x: x[:, 0] * s.m, "indexes the samples"),
+    "vmap": (nn.Linear(6, 4), lambda s, x: torch.vmap(s.m)(x), "inside torch.func.vmap"),
     "written_into_a_parameters_copy": (weight(4, 6), lambda s, x: s.m.clone().add_(x[:, 0]), "out-of-place"),
     "over_the_batch": (nn.Linear(4, 3), lambda s, x: s.m(x.permute(1, 2, 0)), "samples"),
     "norm_over_the_batch": (nn.LayerNorm(4), lambda s, x: s.m(x.permute(1, 2, 0)).permute(2, 0, 1), "samples"),
@@ -81,6 +82,12 @@ def test_batchnorm_without_running_statistics_in_eval_mode(model):
     model = lively(model)
     with pytest.raises(ef.CaptureError, match="^BatchNorm without running statistics .* in eval mode too: .*track_running_stats=True"):
         run(model, 6)
+
+
+def test_functional_code_inside_vmap():
+    params, x = {"w": weight(4, 6)}, torch.randn(4, 6)
+    with pytest.raises(ef.CaptureError, match="'w': torch's linear.* inside torch.func.vmap"), ef.capture(params):
+        torch.vmap(lambda row: F.linear(row, params["w"]))(x)
 
 
 def test_no_trainable_parameter():
