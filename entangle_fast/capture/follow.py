@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .place import Place
+from .sources import tensors_in
 
 FOLLOW = {}
 
@@ -36,6 +37,12 @@ def _same(c, places) -> bool:
     return all(p == places[0] for p in places)
 
 
+def _widened(c) -> bool:
+    """Does a tensor with samples, of two operands, have fewer dimensions than the other?"""
+    operands = tensors_in(c.args[:2], {k: z for k, z in c.kwargs.items() if k != "weight"})
+    return c.n > 1 and max(z.dim() for z in operands) > min(x.dim() for x, _ in c.placed)
+
+
 def _kept(c):
     places = [p for _, p in c.placed]
     if not _same(c, places) and c.n > 1:
@@ -54,7 +61,7 @@ def _before_last(c, dims: int):
         return c.mixed("meets samples in different dimensions")
     if any(p.axis >= x.dim() - dims for x, p in c.placed):
         return c.mixed("goes over the samples")
-    return _kept(c)
+    return c.lost("broadcasts the samples to more dimensions") if _widened(c) else _kept(c)
 
 
 @follows(
@@ -81,27 +88,30 @@ def _broadcast(c):
 @follows("sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "logsumexp", "norm", "prod", "median",
          "any", "all", "nansum", "nanmean", "var_mean", "std_mean", "vector_norm", "count_nonzero", "softmax", "log_softmax",
          "softmin", "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "normalize", "logcumsumexp", "cosine_similarity",
-         "nanmedian", "mode", "kthvalue", "aminmax", "gumbel_softmax", "diff", "cummax", "cummin", "trapz",
+         "nanmedian", "mode", "kthvalue", "aminmax", "gumbel_softmax", "diff", "cummax", "cummin", "trapz", "linalg_vecdot",
          "special_softmax", "special_log_softmax", "special_logsumexp")  # fmt: skip
 def _along(c):
     """Functions along one or more dimensions: fine unless they go along the samples."""
     if c.name in ("max", "min") and len(c.args) > 1 and isinstance(c.args[1], Tensor):
         return _broadcast(c)
     position = {"norm": 2, "vector_norm": 2, "roll": 2, "normalize": 2, "topk": 2, "cosine_similarity": 2, "kthvalue": 2,
-                "diff": 2}.get(c.name, 1)  # fmt: skip
-    default = {"sort": -1, "argsort": -1, "topk": -1, "normalize": 1, "cosine_similarity": 1, "median": None, "diff": -1}
+                "diff": 2, "linalg_vecdot": 2}.get(c.name, 1)  # fmt: skip
+    default = {"sort": -1, "argsort": -1, "topk": -1, "normalize": 1, "cosine_similarity": 1, "median": None, "diff": -1,
+               "linalg_vecdot": -1}
     if c.name == "sort" and len(c.args) > 1 and isinstance(c.args[1], bool):
         position = 9
     dim = by_axis(c.args, c.kwargs, position, c.x.dim(), default.get(c.name))
     if c.name in ("gumbel_softmax",):
         dim = by_axis(c.args, c.kwargs, 4, c.x.dim(), -1)
     along = tuple(range(c.x.dim())) if dim is None or dim == () else (dim,) if isinstance(dim, int) else dim
-    if c.name == "flip" and dim is None:
+    if c.name == "flip" and len(c.args) > 2:  # x.flip(0, 1)
         along = tuple(d % c.x.dim() for d in c.args[1:])
     if c.place.axis in along:
         return c.mixed("goes over the samples")
-    if len(c.placed) > 1:
-        return _kept(c)
+    if not _same(c, [p for _, p in c.placed]) and c.n > 1:
+        return c.mixed("meets samples in different dimensions")
+    if _widened(c):
+        return c.lost("broadcasts the samples to more dimensions")
     gone = 0 if c.y.dim() == c.x.dim() else sum(d < c.place.axis for d in along)
     return c.place.at(c.place.axis - gone)
 
@@ -111,6 +121,8 @@ def _normalised(c):
     shape = c.kwargs.get("normalized_shape", c.args[1] if len(c.args) > 1 else ())
     if c.place.axis >= c.x.dim() - len(shape):
         return c.mixed("normalises over the samples")
+    if len(c.placed) > 1:
+        return c.mixed("takes a weight from the samples")
     return _kept(c)
 
 

@@ -48,19 +48,24 @@ def _indexed(c):
     keyed = [(x, p) for x, p in c.placed if x is not table]
     arrays = [i for i in index if isinstance(i, Tensor) and (i.dim() or i.dtype == torch.bool)]
     if any(isinstance(i, bool) or i.dtype == torch.bool for i in index if isinstance(i, (bool, Tensor))):
-        dims, where = 0, None
+        dims = 0
         for i in index:
             if isinstance(i, Tensor) and i.dtype == torch.bool:
                 if mine is not None and dims <= mine.axis < dims + i.dim() or keyed:
                     return c.lost("selects rows by a mask")
-                where = dims if where is None else where
                 dims += i.dim()
             elif i is not None and not isinstance(i, bool):
                 dims += 1
-        return _kept(c)
+        if any(isinstance(i, bool) or isinstance(i, Tensor) and i.dtype == torch.bool and not i.dim() for i in index):
+            return c.lost("adds a dimension by a truth value")
+        # a mask is as many lists of indices as it has dimensions; what they are does not matter
+        index = [j for i in index for j in ([i.new_zeros(1, dtype=torch.int64)] * i.dim()
+                 if isinstance(i, Tensor) and i.dtype == torch.bool else [i])]  # fmt: skip
+        arrays = [i for i in index if isinstance(i, Tensor) and i.dim()]
     block = torch.broadcast_shapes(*(i.shape for i in arrays)) if arrays else ()
-    spots = [k for k, i in enumerate(index) if isinstance(i, (Tensor, int)) and not isinstance(i, bool)]
-    # integers join the arrays where there are arrays; the block stands first unless they are neighbours
+    # unlike numpy's, torch's integers select first; the block stands first unless the arrays are neighbours then
+    left = [i for i in index if not isinstance(i, int) and not (isinstance(i, Tensor) and not i.dim())]
+    spots = [k for k, i in enumerate(left) if isinstance(i, Tensor)]
     joined = arrays and spots == list(range(spots[0], spots[0] + len(spots)))
     out, d, axis, seen = 0, 0, None, False
     if arrays and not joined:
@@ -78,7 +83,7 @@ def _indexed(c):
                 axis, mine_now = out, piece
             out += 1
         else:
-            if arrays and not seen:
+            if isinstance(i, Tensor) and i.dim() and not seen:
                 front, seen = out, True
                 out += len(block)
             if mine is not None and d == mine.axis:

@@ -6,8 +6,10 @@ samples are Lost. For data alone that costs nothing, and its result is taken by 
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from . import follow_index, follow_layers, follow_products, follow_shapes  # noqa: F401  (each fills FOLLOW)
-from .follow import FOLLOW, _before_last, _broadcast, _kept, by_axis, follows
+from .follow import FOLLOW, _before_last, _broadcast, _kept, _same, _widened, by_axis, follows
 
 # each entry of the result depends on the same entry of the inputs; their in-place forms too
 ELEMENTWISE = frozenset("""
@@ -47,7 +49,7 @@ def _works_on(dims: int, *names: str):
     follows(*names)(lambda c: _before_last(c, dims))
 
 
-_works_on(1, "pairwise_distance", "bilinear", "view_as_complex", "linalg_vecdot", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+_works_on(1, "pairwise_distance", "bilinear", "view_as_complex", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
           "max_pool1d", "max_pool1d_with_indices", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d",
           "adaptive_max_pool1d_with_indices", "lp_pool1d", "triplet_margin_loss", "cosine_embedding_loss", "stft")  # fmt: skip
 _works_on(2, "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
@@ -57,7 +59,7 @@ _works_on(2, "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_av
           "linalg_det", "det", "linalg_slogdet", "slogdet", "logdet", "linalg_matrix_exp", "matrix_exp", "linalg_matrix_power",
           "matrix_power", "linalg_matrix_rank", "linalg_solve_triangular", "triangular_solve", "cholesky_solve", "linalg_lu",
           "linalg_inv_ex", "linalg_cholesky_ex", "linalg_lu_factor", "linalg_lu_solve",
-          "istft", "diag_embed", "trace")  # fmt: skip
+          "istft", "trace")  # fmt: skip
 _works_on(3, "max_pool3d", "max_pool3d_with_indices", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d",
           "adaptive_max_pool3d_with_indices", "lp_pool3d", "max_unpool2d", "pixel_shuffle", "pixel_unshuffle")  # fmt: skip
 _works_on(4, "max_unpool3d")
@@ -81,9 +83,23 @@ def _over_dimensions(c):
     along = range(c.x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
     if any(p.axis in along for _, p in c.placed):
         return c.mixed("goes over the samples")
-    if c.name == "rot90" or c.y.dim() >= c.x.dim() or len(c.placed) > 1:
-        return _kept(c)
-    return c.place.at(c.place.axis - sum(d < c.place.axis for d in along))
+    if _widened(c):
+        return c.lost("broadcasts the samples to more dimensions")
+    if not _same(c, [p for _, p in c.placed]) and c.n > 1:
+        return c.mixed("meets samples in different dimensions")
+    q = c.kwargs.get("q", c.args[1] if len(c.args) > 1 else None) if c.name in ("quantile", "nanquantile") else None
+    before = q.dim() if isinstance(q, Tensor) else 0  # several quantiles stand first
+    gone = 0 if c.y.dim() - before == c.x.dim() else sum(d < c.place.axis for d in along)
+    return c.place.at(before + c.place.axis - gone)
+
+
+@follows("diag_embed")
+def _on_a_new_diagonal(c):
+    ends = (c.kwargs.get(k, c.args[i] if len(c.args) > i else d) for i, (k, d) in enumerate((("dim1", -2), ("dim2", -1)), 2))
+    pair = {d % c.y.dim() for d in ends}
+    if c.place.axis == c.x.dim() - 1:
+        return c.mixed("goes over the samples")
+    return c.place.at([d for d in range(c.y.dim()) if d not in pair][c.place.axis])
 
 
 @follows("renorm")

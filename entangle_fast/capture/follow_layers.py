@@ -10,6 +10,8 @@ from .place import Place
 
 @follows("multi_head_attention_forward")
 def _attention(c):
+    if any(x.dim() != 3 or p.axis != 1 for x, p in c.placed if any(x is z for z in c.args[:3])) and c.n > 1:
+        return c.mixed("takes the samples for positions")
     return Place(1 if c.k == 0 else 0)
 
 
@@ -34,6 +36,8 @@ def _one_a_row(c):
     """Each entry of dimension 0 on its own, all other dimensions together; a weight made from the batch is none."""
     if any(p.axis or x.dim() < 2 and c.name != "affine_grid" for x, p in c.placed[:1]) or not _same(c, [p for _, p in c.placed]):
         return c.mixed("goes over the samples")
+    if c.name.endswith("_norm") and len(c.placed) > 1:
+        return c.mixed("takes a weight from the samples")
     if c.name == "conv_tbc" or c.name.startswith("conv") and (len(c.placed) > 1 or c.x.dim() != int(c.name[-2]) + 2):
         return c.mixed("takes a weight or channels from the samples")
     return _kept(c)
@@ -62,7 +66,8 @@ def _classes(c):
     if any(p.axis == min(1, x.dim() - 1) for x, p in c.placed if x.dim() == max(z.dim() for z, _ in c.placed)):
         if c.x.dim() > 1 or c.y.dim() == 0:
             return c.mixed("goes over the samples")
-    return _kept(c)
+    places = [p.at(p.axis - (x.dim() > c.y.dim() and p.axis > 1)) for x, p in c.placed]
+    return places[0] if _same(c, places) or c.n == 1 else c.mixed("meets samples in different dimensions")
 
 
 @follows("scaled_dot_product_attention")

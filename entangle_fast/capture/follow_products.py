@@ -5,18 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from .follow import _broadcast, _kept, follows
+from .sources import tensors_in
 
 
 @follows("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "baddbmm", "addmm", "dot", "linalg_matmul")
 def _product(c):
-    args = [a for a in c.args if isinstance(a, Tensor)] + [v for v in c.kwargs.values() if isinstance(v, Tensor)]
+    args = [a for a in (*c.args, *(c.kwargs[k] for k in sorted(c.kwargs) if k != "out")) if isinstance(a, Tensor)]
     left, right = args[-2:] if c.name != "__rmatmul__" else args[::-1]
     added = args[0] if len(args) == 3 else None
     found = []
     for x, p in c.placed:
         if x is added:
             found.append((c.y.dim() - (x.dim() - p.axis), p))
-            continue
+            if x is not left and x is not right:
+                continue
         tail = x.dim() - p.axis  # 1: last, 2: last but one
         is_left = x is left
         contracted = 1 if is_left or x.dim() == 1 else 2
@@ -74,8 +76,9 @@ def _inner(c):
 @follows("cdist")
 def _distances(c):
     tails = [x.dim() - p.axis for x, p in c.placed]
+    first, second = tensors_in(c.args, {k: c.kwargs[k] for k in sorted(c.kwargs)})
     if all(t >= 3 for t in tails):
         return _broadcast(c)
-    if len(c.placed) > 1 or tails[0] != 2 or c.args[0] is c.args[1]:
+    if len(c.placed) > 1 or tails[0] != 2 or first is second:
         return c.mixed("pairs samples with others")
-    return c.place.at(c.y.dim() - (2 if c.x is c.args[0] else 1))
+    return c.place.at(c.y.dim() - (2 if c.x is first else 1))

@@ -185,6 +185,8 @@ class Places:
         follow = follower(name)
         if follow is unknown and not self.recorder.strict:
             follow = follower("clone")
+        if "input" in kwargs:  # the first of whatever takes it
+            args, kwargs = (kwargs["input"], *args), {k: v for k, v in kwargs.items() if k != "input"}
         place = follow(Call(name, args, kwargs, placed, y, k, out, n))
         if not isinstance(place, Lost) or n == 1:
             return self._checked(place, y, name)
