@@ -90,7 +90,7 @@ def _contracted(a: Tensor, b: Tensor, first, second) -> Tensor:
     for d, e in zip(first, second, strict=True):
         right[e] = left[d]
     kept = [c for c in left if c not in right] + [c for c in right if c not in left]
-    return torch.einsum(f"{''.join(left)},{''.join(right)}->{''.join(kept)}", a, b)
+    return torch.einsum(f"{''.join(left)},{''.join(right)}->{''.join(kept)}", a, b).contiguous()  # as torch's own, of which views are taken
 
 
 def _tensordot(a, b, dims=2):

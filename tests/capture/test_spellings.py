@@ -47,6 +47,7 @@ EXACT = {
     "inner": (dict(w=weight(3, 6), v=weight(6)), lambda s, x: torch.inner(x, s.w) + x.inner(s.v)[..., None]),
     "inner, 0-d": (dict(w=nn.Parameter(torch.tensor(1.5))), lambda s, x: torch.inner(s.w, x)),
     "inner, other way": (dict(w=weight(3, 6)), lambda s, x: torch.inner(s.w, x).movedim(0, -1)),
+    "inner, a view of it": (dict(w=weight(3, 6)), lambda s, x: torch.inner(s.w, x).view(-1).view(3, len(x), 5).movedim(0, -1)),
     "tensordot": (dict(w=weight(6, 3), v=weight(5, 6, 2)), lambda s, x: torch.cat(
         [torch.tensordot(x, s.w, 1)[:, 0], torch.tensordot(x, s.v, 2), torch.tensordot(x, s.w, ([2], [0]))[:, 1]], 1)),
     "chain_matmul": (dict(w=weight(6, 4), v=weight(4, 3)), lambda s, x: torch.chain_matmul(x[:, 0], s.w, s.v)),
