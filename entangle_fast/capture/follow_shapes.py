@@ -46,6 +46,12 @@ def _reshaped(c):
     return c.reshaped(shape, c.y.shape)
 
 
+@follows("as_strided", "as_strided_copy", "as_strided_")
+def _strided(c):
+    """Strides of the caller's own may go anywhere in memory: nothing can be told, with strict=False neither."""
+    return c.mixed("reads its input's memory in an order of its own; spell it with permute, unfold or an index")
+
+
 @follows("cat", "concat", "concatenate")
 def _joined(c):
     dim = by_axis(c.args, c.kwargs, 1, c.y.dim(), 0)

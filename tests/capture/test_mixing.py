@@ -105,6 +105,12 @@ def test_refused(name, then):
         tape.backward(squares(y * model.gain if then == "layer" else y))
 
 
+def test_strides_of_ones_own_are_not_taken_to_keep_samples_apart():
+    model = lively(Via(lambda s, x: s.a(x).as_strided((4, 4), (1, 5)), a=nn.Linear(6, 5)))
+    with pytest.raises(ef.CaptureError, match="as_strided"), ef.capture(model, strict=False) as tape:
+        tape.backward(squares(model(torch.randn(4, 6).double())))
+
+
 @pytest.mark.parametrize("forward", [
     lambda s, x: F.linear(x, s.w.expand(4, 6)), lambda s, x: F.linear(x, s.w.repeat(4, 1)),
 ])  # fmt: skip
