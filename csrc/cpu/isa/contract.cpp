@@ -330,7 +330,9 @@ template <class T> double square(const T* x, int64_t count) {
     A part[lanes] = {};
     for (const int64_t stop = count - k < stretch ? count : k + stretch; k + lanes <= stop; k += lanes)
       for (int c = 0; c < lanes; ++c) part[c] += widen(x[k + c]) * widen(x[k + c]);
-    for (int c = 0; c < lanes; ++c) sum += part[c];
+    for (int half = lanes / 2; half; half /= 2)
+      for (int c = 0; c < half; ++c) part[c] += part[half + c];
+    sum += part[0];
   }
   for (; k < count; ++k) sum += (double)widen(x[k]) * widen(x[k]);
   return sum;
