@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -36,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import ops, weights
 from .ahead import AheadProcess
 from .baselines import reset
-from .process import sample_cross_entropy, square
+from .process import square
 from .sgd import SgdOptions, positive
 from .training import sent
 
@@ -101,9 +100,7 @@ class Lookahead(SgdOptions):
 
 class LookaheadProcess(AheadProcess):
     def __init__(self, config, model, data, loss, seed):
-        # the fused loss is differentiable once
-        twice = config.order == 2 and loss is sample_cross_entropy
-        super().__init__(config, model, data, _plain_cross_entropy if twice else loss, seed)
+        super().__init__(config, model, data, loss, seed)
         self.labels: Tensor | None = None  # what each forget sample shall be called, (n,) int64
         self.exact = True  # H v by double backward
 
@@ -267,12 +264,6 @@ class LookaheadProcess(AheadProcess):
         super().load(state)
         self.exact = bool(state["exact"])
         self.labels = state["labels"].to(self.params[0].device) if "labels" in state else None
-
-
-def _plain_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """sample_cross_entropy in operations that can be differentiated twice."""
-    losses = F.cross_entropy(output.movedim(-1, 1), y, reduction="none")
-    return losses if y.dim() == 1 else losses.sum(1) / (y != -100).sum(1).clamp(min=1)
 
 
 def _underivable(outputs: list[Tensor]) -> str:
