@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # x, other: tensors so far.  W(…): a parameter of this shape.  Sizes: few, and of x: last, before (it), second.  at, to: two
-# dimensions of x.  order: indices along ``at``.  k: 0, 1 or 2.
+# dimensions of x.  order: indices along ``at``.  k: 0, 1 or 2.  Attention's operands are of one shape: torch 2.13 on a CPU takes
+# keys and values of different lengths and writes past its memory.
 STEPS = """
 F.linear(x, W(few, last), W(few))
 F.linear(x, W(few, last), W(1))
@@ -50,7 +51,7 @@ F.conv1d(x, W(few, before, 2), W(few), padding=1)
 F.conv1d(x, W(before, 1, 2), stride=2, padding=1, groups=before)
 F.conv2d(x, W(2, x.shape[-3], 2, 2), padding=1)
 F.scaled_dot_product_attention(x, x, x, is_causal=True)
-F.scaled_dot_product_attention(x, x @ W(last, last), other)
+F.scaled_dot_product_attention(x, x @ W(last, last), x.flip(at))
 x.tanh()
 x.clone().mul_(0.5).sin_()
 x.detach() + x * 0.5
