@@ -8,9 +8,14 @@ from .follow import _broadcast, _kept, follows
 from .sources import tensors_in
 
 
+def _operands(c) -> list[Tensor]:
+    """In their order; names stand so too: mat1 and mat2, batch1 and batch2, x1 and x2."""
+    return tensors_in(c.args, *(c.kwargs[name] for name in sorted(c.kwargs) if name != "out"))
+
+
 @follows("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "baddbmm", "addmm", "dot", "linalg_matmul")
 def _product(c):
-    args = [a for a in (*c.args, *(c.kwargs[k] for k in sorted(c.kwargs) if k != "out")) if isinstance(a, Tensor)]
+    args = _operands(c)
     left, right = args[-2:] if c.name != "__rmatmul__" else args[::-1]
     added = args[0] if len(args) == 3 else None
     found = []
@@ -76,7 +81,7 @@ def _inner(c):
 @follows("cdist")
 def _distances(c):
     tails = [x.dim() - p.axis for x, p in c.placed]
-    first, second = tensors_in(c.args, {k: c.kwargs[k] for k in sorted(c.kwargs)})
+    first, second = _operands(c)
     if all(t >= 3 for t in tails):
         return _broadcast(c)
     if len(c.placed) > 1 or tails[0] != 2 or first is second:
